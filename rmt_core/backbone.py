@@ -1,0 +1,286 @@
+"""A Hugging Face causal LM taken apart: embedding, layers, final norm, head. One adapter a family.
+
+No attention call gets a mask: rows are laid out so that the causal flag suffices. The one exception is decoding a
+token, where the rows of a batch have keys of different number.
+
+Axes: B rows, T tokens, S positions that a layer sees, P positions of context, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .memory.base import Block, Context, Dimensions, take
+
+Angles = Any  # what a family's rotary embedding gives: a pair (cos, sin), one pair a layer type, or None
+
+
+class Family:
+    """Llama and its kin: pre-norm layers, sequential residuals, rotary positions."""
+
+    has_relative_positions = True
+    kv_heads_name = "num_key_value_heads"
+
+    def layers(self, lm: Any) -> nn.ModuleList:
+        return lm.model.layers
+
+    def final_norm(self, lm: Any) -> nn.Module:
+        return lm.model.norm
+
+    def place(self, lm: Any, h: Tensor, positions: Tensor) -> Tensor:
+        """Add learned positions to layer 0's input, where the family has them."""
+        return h
+
+    def angles(self, lm: Any, h: Tensor, positions: Tensor) -> Angles:
+        return lm.model.rotary_emb(h, position_ids=positions)
+
+    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, mask: Tensor | None, kv: Any) -> Tensor:
+        """h (B, S, D) + attention(norm(h))."""
+        module = lm.model.layers[layer]
+        out, _ = module.self_attn(
+            module.input_layernorm(h), position_embeddings=angles, attention_mask=mask, past_key_values=kv
+        )
+        return h + out
+
+    def feed_forward(self, lm: Any, layer: int, h: Tensor) -> Tensor:
+        """h (B, S, D) + mlp(norm(h))."""
+        module = lm.model.layers[layer]
+        return h + module.mlp(module.post_attention_layernorm(h))
+
+    def window(self, config: Any) -> int | None:
+        """The fewest positions that any layer's sliding window sees; None without windows."""
+        types = getattr(config, "layer_types", None)
+        if types is not None and "sliding_attention" not in types:
+            return None
+        return getattr(config, "sliding_window", None)
+
+    def refusal(self, config: Any) -> str | None:
+        """Why a model of this family cannot be used; None if it can."""
+        return None
+
+
+class Gemma3Family(Family):
+    """Gemma 3 text: a norm after each half layer too, and two rotary bases."""
+
+    def angles(self, lm: Any, h: Tensor, positions: Tensor) -> Angles:
+        kinds = sorted(set(lm.config.layer_types))
+        return {kind: lm.model.rotary_emb(h, positions, kind) for kind in kinds}
+
+    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, mask: Tensor | None, kv: Any) -> Tensor:
+        module = lm.model.layers[layer]
+        out, _ = module.self_attn(
+            module.input_layernorm(h),
+            position_embeddings=angles[lm.config.layer_types[layer]],
+            attention_mask=mask,
+            past_key_values=kv,
+        )
+        return h + module.post_attention_layernorm(out)
+
+    def feed_forward(self, lm: Any, layer: int, h: Tensor) -> Tensor:
+        module = lm.model.layers[layer]
+        return h + module.post_feedforward_layernorm(module.mlp(module.pre_feedforward_layernorm(h)))
+
+    def refusal(self, config: Any) -> str | None:
+        if config.use_bidirectional_attention:
+            return "its attention is bidirectional (use_bidirectional_attention)"
+        if config.attn_logit_softcapping is not None:
+            return "it caps attention logits (attn_logit_softcapping), which fast attention cannot"
+        return None
+
+
+class GPT2Family(Family):
+    """GPT-2: learned positions, added to memory and text rows alike."""
+
+    has_relative_positions = False
+    kv_heads_name = "num_attention_heads"
+
+    def layers(self, lm: Any) -> nn.ModuleList:
+        return lm.transformer.h
+
+    def final_norm(self, lm: Any) -> nn.Module:
+        return lm.transformer.ln_f
+
+    def place(self, lm: Any, h: Tensor, positions: Tensor) -> Tensor:
+        return lm.transformer.drop(h + lm.transformer.wpe(positions))
+
+    def angles(self, lm: Any, h: Tensor, positions: Tensor) -> Angles:
+        return None
+
+    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, mask: Tensor | None, kv: Any) -> Tensor:
+        module = lm.transformer.h[layer]
+        out, _ = module.attn(module.ln_1(h), attention_mask=mask, past_key_values=kv)
+        return h + out
+
+    def feed_forward(self, lm: Any, layer: int, h: Tensor) -> Tensor:
+        module = lm.transformer.h[layer]
+        return h + module.mlp(module.ln_2(h))
+
+    def refusal(self, config: Any) -> str | None:
+        return "it has cross-attention (add_cross_attention)" if config.add_cross_attention else None
+
+
+LLAMA = Family()
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,  # SmolLM and SmolLM2 are saved under this type too
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "gemma3_text": Gemma3Family(),
+    "gpt2": GPT2Family(),
+}
+
+
+class Placement(NamedTuple):
+    """Where the rows of a step stand, and what decoding adds."""
+
+    positions: Tensor  # (1, N) or (B, N): of the context and the segment, or of one decoded token
+    mask: Tensor | None = None  # (B, 1, 1, C), true where a decoded token sees a key; else None
+    kv: Any = None  # keys and values kept for decoding, in the form of a transformers cache
+
+
+class Backbone(nn.Module):
+    """A causal LM in parts; `lm` is the unchanged Hugging Face model."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        self.family = family_of(lm.config)
+        attention: str = lm.config._attn_implementation
+        if attention != "sdpa":
+            raise ValueError(
+                f"attn_implementation is {attention!r}; only 'sdpa' is causal without a mask: load with it"
+            )
+
+    @property
+    def dimensions(self) -> Dimensions:
+        config = self.lm.config
+        weight = self.lm.get_input_embeddings().weight
+        return Dimensions(
+            width=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            embedding_std=float(weight.detach().float().std()) if weight.numel() else 0.02,
+            has_relative_positions=self.family.has_relative_positions,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that one step may take: the trained range, or a sliding window where that is narrower."""
+        window = self.family.window(self.lm.config)
+        limit: int = self.lm.config.max_position_embeddings
+        return limit if window is None else min(limit, window)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D)."""
+        return self.lm.get_input_embeddings()(tokens)
+
+    def norm(self, h: Tensor) -> Tensor:
+        """The norm after the last layer, (B, S, D) -> (B, S, D)."""
+        return self.family.final_norm(self.lm)(h)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Normed hidden states (..., D) -> logits (..., V)."""
+        logits = self.lm.get_output_embeddings()(h)
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def place(self, h: Tensor, placement: Placement) -> Tensor:
+        """Layer 0's input: h (B, S, D) with learned positions added, where the family has them."""
+        return self.family.place(self.lm, h, placement.positions[:, : h.shape[1]])
+
+    def blocks(self, h: Tensor, placement: Placement) -> list[Block]:
+        """The decoder layers as functions on rows that stand as `placement` says; h (B, S, D) gives type and device."""
+        angles = self.family.angles(self.lm, h, placement.positions)
+        return [self._block(layer, angles, placement) for layer in range(self.lm.config.num_hidden_layers)]
+
+    def _block(self, layer: int, angles: Angles, placement: Placement) -> Block:
+        family, lm = self.family, self.lm
+
+        def attend(h: Tensor) -> Tensor:
+            return family.attention(lm, layer, h, _first(angles, h.shape[1]), placement.mask, placement.kv)
+
+        def run(
+            h: Tensor, *, context: Context | None = None, between: Callable[[Tensor], Tensor] | None = None
+        ) -> Tensor:
+            if context is None:
+                h = attend(h)
+            else:
+                seen, own = _weave(context, h)
+                h = take(attend(seen), own)
+            if between is not None:
+                h = between(h)
+            return family.feed_forward(lm, layer, h)
+
+        return run
+
+
+def _first(angles: Angles, length: int) -> Angles:
+    """The angles of the first `length` positions."""
+    if isinstance(angles, dict):
+        return {kind: _first(pair, length) for kind, pair in angles.items()}
+    return None if angles is None else tuple(part[:, :length] for part in angles)
+
+
+def _weave(context: Context, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Context and segment as one causal sequence, (B, P + S, D), and where the segment's rows stand in it, (B, S).
+
+    A row is `[valid context | segment | unused context]`: what is unused comes last, where a causal flag hides it, so
+    that caches filled to different lengths need no mask. The context's own outputs are dropped by the caller.
+    """
+    num_context, num_rows = context.rows.shape[1], h.shape[1]
+    filled = context.filled[:, None]
+    at = torch.arange(num_context + num_rows, device=h.device)
+    index = torch.where(at < filled, at, torch.where(at < filled + num_rows, at - filled + num_context, at - num_rows))
+    own = filled + torch.arange(num_rows, device=h.device)
+    return take(torch.cat([context.rows, h], dim=1), index), own
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The adapter of a model's family; a ValueError that lists the families when there is none."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"backbone {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    if reason := family.refusal(config):
+        raise ValueError(f"this {config.model_type} backbone is not supported: {reason}")
+    return family
+
+
+def config_from(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
+    """A backbone's configuration from a directory saved by Hugging Face, a dictionary with `model_type`, or itself."""
+    if isinstance(source, PretrainedConfig):
+        return source
+    if isinstance(source, dict):
+        settings = dict(source)
+        kind = settings.pop("model_type", None)
+        if kind not in FAMILIES:
+            raise ValueError(f"backbone {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        return AutoConfig.for_model(kind, **settings)
+    if not (Path(source) / "config.json").is_file():
+        raise ValueError(f"backbone {str(source)!r} has no config.json; give a directory saved by Hugging Face")
+    return AutoConfig.from_pretrained(str(source), local_files_only=True)
+
+
+def load_lm(source: str | Path | dict[str, Any] | PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM: weights from a directory, or random ones for a configuration."""
+    config = config_from(source)
+    family_of(config)
+    if not isinstance(source, str | Path):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        str(source), local_files_only=True, attn_implementation="sdpa", dtype=dtype, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "unexpected_keys"}
+    if wrong:
+        raise ValueError(f"the weights in {str(source)!r} do not fit its config.json: {wrong}")
+    return lm

@@ -1,0 +1,123 @@
+"""A model as a directory: `config.json`, `model.safetensors`, and the tokenizer beside them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .build import build
+from .config import ModelConfig
+from .recurrent import RecurrentModel
+
+FORMAT = "rmt-model-1"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class SavesItself(Protocol):
+    """A tokenizer, as Hugging Face's are."""
+
+    def save_pretrained(self, directory: str) -> object: ...
+
+
+def tensors_of(model: RecurrentModel) -> dict[str, Tensor]:
+    """Every parameter and saved buffer once; of tied ones the first name."""
+    kept = model.state_dict().keys()
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def save(directory: str | Path, model: RecurrentModel, tokenizer: SavesItself | None = None) -> None:
+    """Write the model so that the directory appears whole or not at all; an older one there is replaced."""
+    save_tensors(directory, model.config, tensors_of(model), tokenizer)
+
+
+def save_tensors(
+    directory: str | Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: SavesItself | None = None,
+) -> None:
+    """`save` for parameters gathered by the caller, as a sharded optimiser's are."""
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        os.chmod(part, 0o755)
+        whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(whole, part / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps({"format": FORMAT, "model": config.to_json()}, indent=2, sort_keys=True)
+        (part / CONFIG_FILE).write_text(text + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(part))
+        _replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _replace(part: Path, target: Path) -> None:
+    """Move `part` to `target`, whose old content steps aside until the new one stands."""
+    if not target.exists():
+        os.rename(part, target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    os.rename(target, aside / "old")
+    os.rename(part, target)
+    shutil.rmtree(aside)
+
+
+def load(directory: str | Path, device: torch.device | str = "cpu") -> RecurrentModel:
+    """The model saved in a directory, in evaluation mode; a ValueError that names what is missing or does not fit."""
+    folder = Path(directory)
+    try:
+        saved = json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{str(directory)!r} has no {CONFIG_FILE}; give a directory written by rmt_core.save"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        found = saved.get("format") if isinstance(saved, dict) else None
+        raise ValueError(
+            f"{str(folder / CONFIG_FILE)!r} has format {found!r}; this version reads {FORMAT!r} "
+            "(a Hugging Face directory is a backbone, not a model with memory: build one from it)"
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{str(directory)!r} has no {WEIGHTS_FILE}; it is not a whole model")
+    model = build(ModelConfig(**saved["model"]))
+    _fill(model, folder / WEIGHTS_FILE)
+    return model.to(device).eval()
+
+
+def _fill(model: RecurrentModel, file: Path) -> None:
+    """Copy the file's tensors into the model's; names and shapes must be the same."""
+    wanted = tensors_of(model)
+    with safe_open(file, framework="pt") as saved, torch.no_grad():
+        names = set(saved.keys())
+        missing, unexpected = sorted(wanted.keys() - names), sorted(names - wanted.keys())
+        if missing or unexpected:
+            raise ValueError(f"{str(file)!r} does not fit its config.json: missing {missing}, unexpected {unexpected}")
+        for name, tensor in wanted.items():
+            value = saved.get_tensor(name)
+            if value.shape != tensor.shape:
+                raise ValueError(
+                    f"{str(file)!r}: {name} has shape {tuple(value.shape)}, the model needs {tuple(tensor.shape)}"
+                )
+            tensor.copy_(value)
+
+
+def fingerprint(model: RecurrentModel) -> str:
+    """A hash of configuration and weights, 64 hexadecimal digits: equal models, equal fingerprints."""
+    digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(tensors_of(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""What a model is made of, as a value that survives JSON."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import PretrainedConfig
+
+from .memory import MEMORIES
+
+BackboneSource: TypeAlias = str | Path | dict[str, Any] | PretrainedConfig
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A backbone, its memory and the segments they read."""
+
+    backbone: BackboneSource
+    """A directory saved by Hugging Face (its weights are taken), or a configuration (random weights): a transformers
+    config object or its dictionary with `model_type`."""
+
+    memory: Any = "none"
+    """A kind ("rmt"), a dictionary of a kind and its settings ({"kind": "rmt", "num_tokens": 8}), or a list of such."""
+
+    segment_len: int = 512
+    """Tokens of a segment, without memory tokens."""
+
+    dtype: str = "float32"
+    """Type of the parameters: float32, bfloat16, float16 or float64."""
+
+    def __post_init__(self) -> None:
+        if type(self.segment_len) is not int or self.segment_len < 1:
+            raise ValueError(f"segment_len is {self.segment_len!r}; it must be a whole number of tokens, at least 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        object.__setattr__(self, "memory", memory_settings(self.memory))
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON values; a backbone directory becomes the configuration found in it."""
+        from .backbone import config_from
+
+        backbone = config_from(self.backbone).to_dict()
+        return {
+            "backbone": {key: value for key, value in backbone.items() if key not in _NOT_KEPT},
+            "memory": [dict(settings) for settings in self.memory],
+            "segment_len": self.segment_len,
+            "dtype": self.dtype,
+        }
+
+
+# Of no meaning to the model, or naming the place it came from.
+_NOT_KEPT = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
+
+
+def memory_settings(memory: Any) -> tuple[dict[str, Any], ...]:
+    """The memories as dictionaries with all settings written out, defaults included; checked."""
+    if isinstance(memory, str | Mapping):
+        memory = [memory]
+    if not isinstance(memory, Sequence) or not memory:
+        raise ValueError(f"memory is {memory!r}; give a kind, a dictionary with 'kind', or a list of such")
+    found = tuple(_one(item) for item in memory)
+    kinds = [item["kind"] for item in found]
+    if len(set(kinds)) < len(kinds) or (len(kinds) > 1 and "none" in kinds):
+        raise ValueError(f"memories {kinds} cannot be combined; name each kind once, and 'none' alone")
+    return found
+
+
+def _one(item: Any) -> dict[str, Any]:
+    settings = {"kind": item} if isinstance(item, str) else dict(item)
+    kind = settings.pop("kind", None)
+    if kind not in MEMORIES:
+        raise ValueError(f"memory kind is {kind!r}; allowed: {', '.join(MEMORIES)}")
+    fields = {field.name: field for field in dataclasses.fields(MEMORIES[kind].Config)}
+    for name, value in settings.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields) or 'none'}"
+            raise ValueError(f"memory {kind!r} has no setting {name!r}; {hint}")
+        if fields[name].type is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"memory.{name} is {value!r}; it must be a whole number")
+    return {"kind": kind, **dataclasses.asdict(MEMORIES[kind].Config(**settings))}

@@ -1,0 +1,275 @@
+"""Reading prompts and writing text, past a segment's end, at constant memory.
+
+A segment is closed, which updates the memory, by one `step` over it when it is full: exactly what training does. Until
+then its tokens are open: the memory is read, never written, and their keys and values are kept so that a further token
+costs one row. Rows of a batch may have any lengths.
+
+Axes: B rows, N tokens of a prompt, T tokens of a segment, C positions with keys and values, H heads,
+D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import state as states
+from .backbone import Placement
+from .memory.base import Segment
+from .recurrent import RecurrentModel
+from .state import State
+
+
+class Session(NamedTuple):
+    """What a reader knows after the tokens so far; one row a document."""
+
+    state: State  # after the closed segments
+    tokens: Tensor  # (B, T) int64, the open segment's tokens, padding behind them
+    lengths: Tensor  # (B,) int64, how many are open, 0 to T - 1
+    hidden: Tensor  # (B, D) at the last token read: its head gives the next token's logits
+    num_read: Tensor  # (B,) int64, all tokens read
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 takes the likeliest; `top_p` keeps the fewest tokens of that mass."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+
+
+class Generation(NamedTuple):
+    """What was written."""
+
+    tokens: list[list[int]]  # a row's new tokens, without the stop token
+    finish_reasons: list[str]  # "stop": a stop token came; "length": max_new_tokens were written
+    session: Session  # after all that was written
+
+
+def open_session(model: RecurrentModel, batch_size: int) -> Session:
+    """A reader that has read nothing."""
+    weight = model.backbone.lm.get_input_embeddings().weight
+    nothing = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+    return Session(
+        state=states.detach(model.init_state(batch_size)),
+        tokens=nothing[:, None].repeat(1, model.segment_len),
+        lengths=nothing,
+        hidden=weight.new_zeros(batch_size, model.backbone.dimensions.width),
+        num_read=nothing,
+    )
+
+
+@torch.inference_mode()
+def read(model: RecurrentModel, session: Session, tokens: Tensor, lengths: Tensor | None = None) -> Session:
+    """The session after further tokens (B, N) int64, of which each row has `lengths` (B,) real ones."""
+    return _Decoder(model, session).read(tokens, lengths).session()
+
+
+@torch.inference_mode()
+def generate(
+    model: RecurrentModel,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int,
+    *,
+    session: Session | None = None,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
+) -> Generation:
+    """Continue each prompt by up to `max_new_tokens` tokens.
+
+    A row's result depends on its prompt, session and seed alone, not on the rows beside it. `seeds` (one a row,
+    default 0, 1, ...) matter where the temperature is above 0. Without a session each row starts a document and its
+    prompt must hold a token.
+    """
+    rows = [torch.as_tensor(prompt, dtype=torch.long).flatten() for prompt in prompts]
+    if not rows:
+        raise ValueError("generate needs at least one prompt")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    session = open_session(model, len(rows)) if session is None else session
+    device = session.tokens.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    if bool((session.num_read + lengths == 0).any()):
+        raise ValueError("an empty prompt has no next token; give at least one token or a session that has read some")
+    decoder = _Decoder(model, session)
+    if int(lengths.max()):
+        decoder.read(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths)
+    seeds = range(len(rows)) if seeds is None else seeds
+    if len(seeds) != len(rows):
+        raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts; give one a row")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    written: list[list[int]] = [[] for _ in rows]
+    reasons = ["length"] * len(rows)
+    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        chosen = sample(model.backbone.head(decoder.hidden), sampling, generators)
+        for i in alive.nonzero().flatten().tolist():
+            if int(chosen[i]) in stop_tokens:
+                alive[i], reasons[i] = False, "stop"
+            else:
+                written[i].append(int(chosen[i]))
+        if not bool(alive.any()):
+            break
+        decoder.append(chosen.to(device), alive)
+    return Generation(written, reasons, decoder.session())
+
+
+def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row from logits (B, V): (B,) int64 on the CPU. Ties of a greedy choice go to the lowest token."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).cpu()
+    probabilities = (logits.double().cpu() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the mass before a token is enough without it
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(beyond, 0))
+    drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)]
+    return torch.cat(drawn)
+
+
+class _KeyValues:
+    """Keys and values of the open segment's positions, in the form that transformers' attention updates.
+
+    `rows` says which rows of the batch a call is for; `at` (rows,) where a decoded token stands, None while a
+    segment is being opened.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.rows: Tensor | None = None
+        self.at: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Keep keys and values (rows, H, n, D / H); gives those that attention should see."""
+        return self._keep(self.keys, keys, layer_idx), self._keep(self.values, values, layer_idx)
+
+    def _keep(self, kept: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
+        buffer = kept[layer]
+        if buffer is None:
+            buffer = new.new_zeros(self.batch_size, new.shape[1], self.capacity, new.shape[3])
+            kept[layer] = buffer
+        assert self.rows is not None
+        if self.at is None:
+            buffer[self.rows, :, : new.shape[2]] = new
+            return new
+        buffer[self.rows, :, self.at] = new[:, :, 0]
+        return buffer[self.rows]
+
+
+class _Decoder:
+    """A session in motion: the open segment's keys and values are made when a token is first appended."""
+
+    def __init__(self, model: RecurrentModel, session: Session) -> None:
+        self.model = model
+        self.state, self.tokens, self.lengths, self.hidden, self.num_read = session
+        self.tokens = self.tokens.clone()  # edited in place below; the caller's session stays as it was
+        self.key_values: _KeyValues | None = None
+        self.stale = torch.ones_like(self.lengths, dtype=torch.bool)  # rows whose keys and values are not there
+
+    def session(self) -> Session:
+        return Session(self.state, self.tokens.clone(), self.lengths, self.hidden, self.num_read)
+
+    def read(self, tokens: Tensor, lengths: Tensor | None = None) -> "_Decoder":
+        """Append tokens (B, N), closing segments as they fill; then `hidden` is that of the last token."""
+        left = torch.full_like(self.lengths, tokens.shape[1]) if lengths is None else lengths.clone()
+        self.num_read = self.num_read + left
+        self.stale |= left > 0
+        done = torch.zeros_like(left)
+        touched = left > 0
+        while bool((left > 0).any()):
+            count = torch.minimum(left, self.model.segment_len - self.lengths)
+            at = torch.arange(self.model.segment_len, device=tokens.device)
+            fresh = (at >= self.lengths[:, None]) & (at < (self.lengths + count)[:, None])  # (B, T)
+            source = (at - self.lengths[:, None] + done[:, None]).clamp(0, tokens.shape[1] - 1)
+            self.tokens = torch.where(fresh, tokens.gather(1, source), self.tokens)
+            self.lengths, left, done = self.lengths + count, left - count, done + count
+            self._close_full()
+        still_open = (touched & (self.lengths > 0)).nonzero().flatten()
+        if len(still_open):
+            self._open(still_open)
+        return self
+
+    def append(self, tokens: Tensor, alive: Tensor) -> None:
+        """One more token (B,) for the rows that are `alive` (B,); `hidden` becomes that of the token."""
+        rows = alive.nonzero().flatten()
+        full = self.lengths[rows] == self.model.segment_len - 1  # these close at once: no need to extend them
+        self.tokens[rows, self.lengths[rows]] = tokens[rows]
+        if len(extended := rows[~full]):
+            if len(stale := extended[self.stale[extended]]):
+                self._open(stale)
+            self._extend(extended)
+        self.lengths = self.lengths + alive
+        self.num_read = self.num_read + alive
+        self._close_full()
+
+    def _close_full(self) -> None:
+        """One step over the segments that are full."""
+        rows = (self.lengths == self.model.segment_len).nonzero().flatten()
+        if not len(rows):
+            return
+        out, state = self.model.step(self.tokens[rows], states.select(self.state, rows))
+        self.state = states.place(self.state, rows, state)
+        self.hidden = self.hidden.index_copy(0, rows, out.hidden[:, -1])
+        self.lengths = self.lengths.index_fill(0, rows, 0)
+        self.stale[rows] = True
+
+    def _open(self, rows: Tensor) -> None:
+        """Run the open tokens of some rows, keeping keys and values."""
+        model, lengths = self.model, self.lengths[rows]
+        size = int(lengths.max())
+        self.stale[rows] = False
+        kept = self._kept()
+        kept.rows, kept.at = rows, None
+        if size == 0 and model.memory.rows_before == 0 and model.memory.context_len == 0:
+            return  # nothing stands before the first token
+        memory = model.memory
+        segment = Segment(size, lengths, memory.rows_before, stage="open")
+        reach = torch.arange(size + memory.rows_before + memory.context_len, device=rows.device)
+        hidden, _ = model.read(
+            self.tokens[rows, :size],
+            states.select(self.state, rows),
+            segment,
+            Placement(reach[None], kv=kept),
+        )
+        if size:
+            last = hidden[torch.arange(len(rows), device=rows.device), (lengths - 1).clamp(min=0)]
+            last = torch.where((lengths > 0)[:, None], last, self.hidden[rows])
+            self.hidden = self.hidden.index_copy(0, rows, last)
+
+    def _extend(self, rows: Tensor) -> None:
+        """Run one token of some rows, already put at the end of their open tokens."""
+        model, kept = self.model, self._kept()
+        at = self.lengths[rows] + model.memory.rows_before + self._context_filled(rows)
+        kept.rows, kept.at = rows, at
+        seen = torch.arange(kept.capacity, device=rows.device) <= at[:, None]  # (rows, C)
+        segment = Segment(1, None, 0, stage="extend")
+        hidden, _ = model.read(
+            self.tokens[rows, self.lengths[rows]][:, None],
+            states.select(self.state, rows),
+            segment,
+            Placement(at[:, None], mask=seen[:, None, None], kv=kept),
+        )
+        self.hidden = self.hidden.index_copy(0, rows, hidden[:, 0])
+
+    def _context_filled(self, rows: Tensor) -> Tensor | int:
+        """Valid context positions of some rows, (rows,)."""
+        return self.model.memory.context_filled(states.select(self.state, rows))
+
+    def _kept(self) -> _KeyValues:
+        if self.key_values is None:
+            memory = self.model.memory
+            capacity = memory.context_len + memory.rows_before + self.model.segment_len
+            self.key_values = _KeyValues(self.model.backbone.dimensions.num_layers, len(self.lengths), capacity)
+        return self.key_values

@@ -1,0 +1,8 @@
+"""The memories by name: the only place that names them all."""
+
+from .base import Memory
+from .none import NoMemory
+from .rmt import RMTMemory
+from .xl import XLMemory
+
+MEMORIES: dict[str, type[Memory]] = {"none": NoMemory, "rmt": RMTMemory, "xl": XLMemory}

@@ -1,0 +1,105 @@
+"""Several memories at once: `["xl", "rmt"]` is Transformer-XL with memory tokens (arXiv:2207.06881, section 4).
+
+Axes: B rows, T tokens of a segment, S positions that a layer sees, D width.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from ..state import State
+from .base import Block, Context, Dimensions, Memory, Segment
+
+
+class ComposedMemory(Memory):
+    """Memories one around the other, the first innermost at the ends and outermost around each layer.
+
+    The state is the tuple of the members' states.
+    """
+
+    def __init__(self, members: Sequence[Memory], dimensions: Dimensions) -> None:
+        super().__init__(None, dimensions)
+        self.members = nn.ModuleList(members)
+        self.layer_local = all(member.layer_local for member in members)  # type: ignore[misc]
+        self.needs_relative_positions = any(member.needs_relative_positions for member in members)  # type: ignore[misc]
+        self.rows_before = sum(member.rows_before for member in members)
+        self.rows_after = sum(member.rows_after for member in members)
+        self.context_len = sum(member.context_len for member in members)
+
+    def _memories(self) -> list[Memory]:
+        return [member for member in self.members if isinstance(member, Memory)]
+
+    def _segments(self, segment: Segment) -> list[Segment]:
+        """What each member's `enter` and `leave` see: the members before it belong to the text."""
+        inner, seen = 0, []
+        for member in self._memories():
+            seen.append(segment.enclosed(inner))
+            if segment.stage != "extend":
+                inner += member.rows_before + (member.rows_after if segment.writes else 0)
+        return seen
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(member.init_state(batch_size) for member in self._memories())
+
+    def context_filled(self, state: State) -> Tensor | int:
+        filled: Tensor | int = 0
+        for member, part in zip(self._memories(), state, strict=True):
+            filled = filled + member.context_filled(part)
+        return filled
+
+    def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
+        for member, part, seen in zip(self._memories(), state, self._segments(segment), strict=True):
+            x = member.enter(x, part, seen)
+        return x
+
+    def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
+        members, parts = self._memories(), list(state)
+
+        def nested(i: int) -> Block:
+            """The layer as member i - 1 sees it: run by member i and those after it."""
+            if i == len(members):
+                return block
+
+            def run(
+                h: Tensor,
+                *,
+                context: Context | None = None,
+                between: Callable[[Tensor], Tensor] | None = None,
+            ) -> Tensor:
+                out, parts[i] = members[i].around(layer, h, _with(nested(i + 1), context, between), parts[i], segment)
+                return out
+
+            return run
+
+        return nested(0)(h), tuple(parts)
+
+    def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
+        parts = list(state)
+        outside_in = reversed(list(enumerate(zip(self._memories(), self._segments(segment), strict=True))))
+        for i, (member, seen) in outside_in:
+            h, parts[i] = member.leave(h, parts[i], seen)
+        return h, tuple(parts)
+
+
+def _with(block: Block, context: Context | None, between: Callable[[Tensor], Tensor] | None) -> Block:
+    """`block` with an outer member's context and map added to those of its caller."""
+    if context is None and between is None:
+        return block
+
+    outer_context, outer_between = context, between
+
+    def joined(
+        h: Tensor, *, context: Context | None = None, between: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        if context is not None and outer_context is not None:
+            raise ValueError("two memories of one composition both extend attention; use one of them")
+        maps = [m for m in (between, outer_between) if m is not None]
+
+        def both(x: Tensor) -> Tensor:
+            for m in maps:
+                x = m(x)
+            return x
+
+        return block(h, context=context if outer_context is None else outer_context, between=both if maps else None)
+
+    return joined

@@ -1,0 +1,234 @@
+"""A backbone run over a long text one segment at a time, carrying a memory.
+
+Axes: B rows, N tokens of a text, T tokens of a segment, K segments, S positions that a layer sees, D width,
+V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from . import state as states
+from .backbone import Backbone, Placement
+from .config import ModelConfig
+from .memory.base import Memory, Segment
+from .state import State
+
+IGNORED = -100  # a label that is not asked for
+
+
+class Output:
+    """What a step gives: `hidden` (B, T, D) after the final norm, `aux` () auxiliary loss, `logits` (B, T, V).
+
+    Logits are computed when they are asked for and not before. At padding, values are finite and without meaning.
+    """
+
+    def __init__(self, hidden: Tensor, aux: Tensor, backbone: Backbone) -> None:
+        self.hidden = hidden
+        self.aux = aux
+        self._backbone = backbone
+
+    @property
+    def logits(self) -> Tensor:
+        return self._backbone.head(self.hidden)
+
+
+class SegmentBatch(NamedTuple):
+    """One segment of each row with what it should predict."""
+
+    tokens: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64: the next token, -100 where nothing is asked
+    lengths: Tensor | None = None  # (B,) real tokens; None where all rows are full
+    reset: Tensor | None = None  # (B,) bool: a document begins here
+
+
+class Unrolled(NamedTuple):
+    """The loss over several segments."""
+
+    loss_sums: Tensor  # (K,) nats, summed over the labels of each segment
+    counts: Tensor  # (K,) int64, labels of each segment
+    aux: Tensor  # () summed auxiliary losses
+    state: State  # after the last segment
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean nats per label, plus the mean auxiliary loss of a segment; () zero where no label is asked."""
+        return self.loss_sums.sum() / self.counts.sum().clamp(min=1) + self.aux / len(self.counts)
+
+
+class RecurrentModel(nn.Module):
+    """A causal LM with a memory. Parameters only: the state comes in and goes out."""
+
+    def __init__(self, backbone: Backbone, memory: Memory, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.memory = memory
+        self.config = config
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        memory, backbone = self.memory, self.backbone
+        if memory.needs_relative_positions and not backbone.family.has_relative_positions:
+            name = backbone.lm.config.model_type
+            raise ValueError(f"a cache needs rotary positions; {name} has learned ones: use another memory or backbone")
+        extra = memory.rows_before + memory.rows_after + memory.context_len
+        if self.config.segment_len + extra > backbone.max_positions:
+            raise ValueError(
+                f"segment_len {self.config.segment_len} + {extra} memory positions exceeds the backbone's "
+                f"{backbone.max_positions} positions; use at most {backbone.max_positions - extra}"
+            )
+
+    @property
+    def segment_len(self) -> int:
+        return self.config.segment_len
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before a document's first segment, for `batch_size` rows."""
+        return self.memory.init_state(batch_size)
+
+    def step(
+        self,
+        tokens: Tensor,
+        state: State,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        active: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Output, State]:
+        """Read one segment of each row: tokens (B, T) int64, T <= segment_len.
+
+        `lengths` (B,): real tokens of each row; what follows is padding and touches nothing. A row of length 0 keeps
+        its state. `reset` (B,) bool: the row starts anew before this segment. `active` (B,) bool: an inactive row
+        keeps its state, whatever else is said of it. `generator` is for memories that sample.
+        """
+        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.segment_len:
+            raise ValueError(f"tokens are {tuple(tokens.shape)}; a step takes (rows, 1 to {self.segment_len} tokens)")
+        kept = state
+        if reset is not None:
+            state = states.where(reset, self.init_state(len(tokens)), state)
+        if lengths is not None:
+            active = lengths > 0 if active is None else active & (lengths > 0)
+            kept = kept if reset is None else states.where(reset & (lengths == 0), state, kept)
+        segment = Segment(tokens.shape[1], lengths, self.memory.rows_before, generator=generator)
+        hidden, new = self.read(tokens, state, segment)
+        if active is not None:
+            new = states.where(active, new, kept)
+        aux = torch.stack(segment.aux).sum() if segment.aux else hidden.new_zeros(())
+        return Output(hidden, aux, self.backbone), new
+
+    def read(
+        self, tokens: Tensor, state: State, segment: Segment, placement: Placement | None = None
+    ) -> tuple[Tensor, State]:
+        """All hooks and layers over tokens (B, T): hidden states (B, T, D) and the state after them."""
+        backbone, memory = self.backbone, self.memory
+        h = memory.enter(backbone.embed(tokens), state, segment)  # (B, S, D)
+        if placement is None:
+            placement = Placement(torch.arange(h.shape[1] + memory.context_len, device=h.device)[None])
+        h = backbone.place(h, placement)
+        for layer, block in enumerate(backbone.blocks(h, placement)):
+            h, state = memory.around(layer, h, block, state, segment)
+        return memory.leave(backbone.norm(h), state, segment)
+
+    def unroll(
+        self,
+        segments: Sequence[SegmentBatch],
+        state: State,
+        *,
+        bptt_segments: int | None = None,
+        checkpointed: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Unrolled:
+        """The loss over consecutive segments, carrying the state.
+
+        The gradient crosses no edge between windows of `bptt_segments` segments; None lets it cross all. With
+        `checkpointed`, a segment's activations are computed again in the backward pass instead of kept.
+        """
+        if not segments:
+            raise ValueError("unroll needs at least one segment")
+        sums, counts, aux = [], [], []
+        for i, segment in enumerate(segments):
+            if bptt_segments is not None and i and i % bptt_segments == 0:
+                state = states.detach(state)
+            if checkpointed:
+                loss, extra, state = checkpoint(self._segment_loss, segment, state, generator, use_reentrant=False)
+            else:
+                loss, extra, state = self._segment_loss(segment, state, generator)
+            sums.append(loss)
+            aux.append(extra)
+            counts.append((segment.labels != IGNORED).sum())
+        return Unrolled(torch.stack(sums), torch.stack(counts), torch.stack(aux).sum(), state)
+
+    def _segment_loss(
+        self, segment: SegmentBatch, state: State, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Summed nats over a segment's labels, its auxiliary loss, and the state after it."""
+        out, state = self.step(segment.tokens, state, segment.lengths, segment.reset, generator=generator)
+        asked = segment.labels != IGNORED
+        logits = self.backbone.head(out.hidden[asked])  # (labels, V): the head only where a loss is asked
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, segment.labels[asked], reduction="sum"), out.aux, state
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        state: State = None,
+        lengths: Tensor | None = None,
+        *,
+        bptt_segments: int | None = None,
+        checkpointed: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mean nats per label over whole texts: tokens, labels (B, N) int64, lengths (B,) real tokens.
+
+        Labels are the next token, -100 is skipped; the last token of a segment predicts the first of the next.
+        """
+        state = self.init_state(len(tokens)) if state is None else state
+        segments = cut(tokens, labels, lengths, self.segment_len)
+        return self.unroll(
+            segments, state, bptt_segments=bptt_segments, checkpointed=checkpointed, generator=generator
+        ).loss
+
+
+def cut(tokens: Tensor, labels: Tensor, lengths: Tensor | None, segment_len: int) -> list[SegmentBatch]:
+    """Texts (B, N) as segments of `segment_len`; the last may be shorter."""
+    if tokens.shape != labels.shape or tokens.dim() != 2 or not tokens.shape[1]:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} must be equal (rows, tokens)")
+    starts = range(0, tokens.shape[1], segment_len)
+    return [
+        SegmentBatch(part, answers, _part_lengths(lengths, start, part.shape[1]))
+        for start, part, answers in zip(starts, tokens.split(segment_len, 1), labels.split(segment_len, 1), strict=True)
+    ]
+
+
+def _part_lengths(lengths: Tensor | None, start: int, size: int) -> Tensor | None:
+    return None if lengths is None else (lengths - start).clamp(0, size)
+
+
+def run(
+    model: RecurrentModel,
+    tokens: Tensor,
+    state: State = None,
+    lengths: Tensor | None = None,
+    order: str = "sequential",
+) -> tuple[Output, State]:
+    """Read whole texts: tokens (B, N) int64, lengths (B,) real tokens. Output over all N tokens, and the last state.
+
+    `order` is the order of the (segment, layer) cells; "sequential" goes segment by segment. Memory grows with N only
+    by the hidden states that are given back; to read without end, call `step`.
+    """
+    if order != "sequential":
+        raise ValueError(f"order is {order!r}; allowed: 'sequential'")
+    if tokens.dim() != 2 or not tokens.shape[1]:
+        raise ValueError(f"tokens are {tuple(tokens.shape)}; run takes (rows, at least 1 token)")
+    state = model.init_state(len(tokens)) if state is None else state
+    hidden, aux = [], []
+    for i, part in enumerate(tokens.split(model.segment_len, 1)):
+        out, state = model.step(part, state, _part_lengths(lengths, i * model.segment_len, part.shape[1]))
+        hidden.append(out.hidden)
+        aux.append(out.aux)
+    return Output(torch.cat(hidden, dim=1), torch.stack(aux).sum(), model.backbone), state

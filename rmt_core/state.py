@@ -1,0 +1,157 @@
+"""States as values: trees of batch-first tensors that go into a step and come out of it.
+
+A state is a tensor, a tuple of states or a dictionary of states; every tensor has the batch as its first axis.
+A state's shapes never change from one segment to the next, and nothing here edits a tensor in place.
+
+Axes: B rows.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+State = Any  # Tensor | tuple[State, ...] | dict[str, State]; recursive aliases defeat the type checkers in use
+
+FORMAT = "rmt-state-1"
+
+
+def tree_map(function: Callable[..., Tensor], state: State, *others: State) -> State:
+    """`function` applied to each tensor of `state` (and the tensors at the same places of `others`)."""
+    if isinstance(state, Tensor):
+        return function(state, *others)
+    if isinstance(state, tuple):
+        return tuple(tree_map(function, *parts) for parts in zip(state, *others, strict=True))
+    if isinstance(state, dict):
+        return {key: tree_map(function, state[key], *(other[key] for other in others)) for key in state}
+    raise TypeError(f"a state holds tensors, tuples and dictionaries, not {type(state).__name__}")
+
+
+def leaves(state: State) -> list[Tensor]:
+    """The tensors of a state, in a fixed order."""
+    if isinstance(state, Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state
+    return [tensor for part in parts for tensor in leaves(part)]
+
+
+def detach(state: State) -> State:
+    """The same values outside the gradient."""
+    return tree_map(Tensor.detach, state)
+
+
+def to(state: State, device: torch.device | str) -> State:
+    """The state on `device`."""
+    return tree_map(lambda tensor: tensor.to(device), state)
+
+
+def where(rows: Tensor, chosen: State, otherwise: State) -> State:
+    """Row by row: `chosen` where rows (B,) is true, else `otherwise`."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), a, b)
+
+    return tree_map(pick, chosen, otherwise)
+
+
+def select(state: State, rows: Tensor | Sequence[int]) -> State:
+    """The rows with the given indices, in their order."""
+
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor.index_select(0, torch.as_tensor(rows, dtype=torch.long, device=tensor.device))
+
+    return tree_map(pick, state)
+
+
+def stack(states: Sequence[State]) -> State:
+    """Several states as one batch: their rows one after another."""
+    if not states:
+        raise ValueError("stack needs at least one state")
+    return tree_map(lambda *tensors: torch.cat(tensors), states[0], *states[1:])
+
+
+def place(state: State, rows: Tensor, values: State) -> State:
+    """`state` with the rows of the given indices replaced by the rows of `values`."""
+    return tree_map(lambda old, new: old.index_copy(0, rows, new), state, values)
+
+
+def zeroed(state: State) -> State:
+    """A state that holds nothing: zeros in every tensor (the ablation "without memory")."""
+    return tree_map(torch.zeros_like, state)
+
+
+def shuffled(state: State) -> State:
+    """Each row gets its neighbour's state (the ablation "another document's memory"); needs at least two rows."""
+    if any(tensor.shape[0] < 2 for tensor in leaves(state)):
+        raise ValueError("shuffling states needs at least 2 rows; got 1: evaluate with a larger batch")
+    return tree_map(lambda tensor: tensor.roll(1, 0), state)
+
+
+def num_floats(state: State) -> int:
+    """How many floating-point numbers one row of the state holds."""
+    return sum(tensor[0].numel() for tensor in leaves(state) if tensor.is_floating_point())
+
+
+def norm(state: State) -> Tensor:
+    """Root mean square over a row's floating-point numbers, (B,); NaN where the state holds none."""
+    parts = [tensor.detach().flatten(1).float() for tensor in leaves(state) if tensor.is_floating_point()]
+    if not parts:
+        return torch.full((0,), float("nan"))
+    return torch.cat(parts, dim=1).square().mean(1).sqrt()
+
+
+def to_bytes(state: State, fingerprint: str) -> bytes:
+    """The state as a safetensors file that names the model (`fingerprint`) it belongs to."""
+    tensors: dict[str, Tensor] = {}
+
+    def shape_of(part: State) -> Any:
+        if isinstance(part, Tensor):
+            name = f"{len(tensors):05d}"
+            tensors[name] = part.detach().cpu().contiguous().clone()  # clone: equal tensors must not share memory
+            return name
+        if isinstance(part, tuple):
+            return [shape_of(item) for item in part]
+        if isinstance(part, dict):
+            return {key: shape_of(part[key]) for key in part}
+        raise TypeError(f"a state holds tensors, tuples and dictionaries, not {type(part).__name__}")
+
+    tree = json.dumps(shape_of(state))
+    return save_tensors(tensors, metadata={"format": FORMAT, "fingerprint": fingerprint, "tree": tree})
+
+
+def from_bytes(data: bytes, fingerprint: str) -> State:
+    """The state written by `to_bytes`; a ValueError when the bytes are no state or another model's."""
+    header = _metadata(data)
+    if header.get("format") != FORMAT:
+        raise ValueError(f"state format is {header.get('format')!r}; this version reads {FORMAT!r}")
+    if header.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"the state belongs to model {header.get('fingerprint')!r}, not to {fingerprint!r}; load it with that model"
+        )
+    tensors = load_tensors(data)
+
+    def build(part: Any) -> State:
+        if isinstance(part, str):
+            return tensors[part]
+        if isinstance(part, list):
+            return tuple(build(item) for item in part)
+        return {key: build(item) for key, item in part.items()}
+
+    return build(json.loads(header["tree"]))
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The text entries of a safetensors header (8 bytes of length, then JSON)."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError(f"not a state: {len(data)} bytes that are no safetensors file")
+    try:
+        header = json.loads(data[8 : 8 + size])
+    except ValueError as error:
+        raise ValueError("not a state: the safetensors header is not JSON") from error
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
