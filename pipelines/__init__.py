@@ -1,0 +1,1 @@
+"""The jobs: prepare, train, evaluate, summarise. Ray lives here; the models live in `rmt_core`."""

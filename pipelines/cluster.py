@@ -1,0 +1,147 @@
+"""Connecting to Ray; the only `ray.init` of the project.
+
+Three cases: a Ray that this process is already connected to is used and left alone; inside a submitted job, or
+with RAY_ADDRESS set, that cluster is joined; otherwise a private Ray is started on this machine and stopped at
+the end. The private one is guarded by a token that lives in this process only: nothing is written to
+`~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from pipelines.config import InputError
+
+_ROOT = Path(__file__).resolve().parents[1]
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a submitted job
+_ANSWER_S = 5.0  # how long a cluster may take to accept a connection
+_WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def connect(num_cpus: int | None = None) -> Iterator[None]:
+    """A Ray to work on while the block runs; `num_cpus` limits a private one (None: all cores).
+
+    Raises InputError when the cluster named by RAY_ADDRESS does not answer or refuses our token.
+    """
+    _quieten()
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    with contextlib.ExitStack() as stack:
+        if _JOB_VARIABLE in os.environ:
+            _join(address or "auto", None)
+        elif address and address != "local":
+            _use_token_file()
+            _join(address, _runtime_env(for_cluster=True))
+        else:
+            stack.enter_context(_private_token())
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                configure_logging=True,
+                logging_level=logging.WARNING,
+                runtime_env=_runtime_env(for_cluster=False),
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _runtime_env(*, for_cluster: bool) -> dict[str, Any]:
+    """What workers need to import this project: its path here, or its packages sent to the cluster."""
+    if for_cluster:
+        packages = [str(_ROOT / name) for name in ("rmt_core", "pipelines") if (_ROOT / name).is_dir()]
+        return {"py_modules": packages, "env_vars": dict(_WORKER_ENVIRONMENT)}
+    inherited = os.environ.get("PYTHONPATH")
+    path = f"{_ROOT}{os.pathsep}{inherited}" if inherited else str(_ROOT)
+    return {"env_vars": {**_WORKER_ENVIRONMENT, "PYTHONPATH": path}}
+
+
+def _join(address: str, runtime_env: dict[str, Any] | None) -> None:
+    if address != "auto" and not address.startswith("ray://"):
+        _check_answers(address)
+    try:
+        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"no Ray cluster can be joined at {address} ({reason}); unset RAY_ADDRESS to work on this machine, "
+            "or, where the cluster asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH"
+        ) from error
+
+
+def _check_answers(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"RAY_ADDRESS {address!r}: needs host:port, ray://host:port, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise InputError(
+            f"RAY_ADDRESS {address} does not answer ({error}); start that cluster, or unset RAY_ADDRESS to "
+            "work on this machine"
+        ) from error
+
+
+def _use_token_file() -> None:
+    """Joins with a token where the user has one and has not said otherwise."""
+    has_token = (
+        os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        or (Path.home() / ".ray" / "auth_token").is_file()
+    )
+    if has_token:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@functools.cache
+def _token() -> str:
+    """One token a process: Ray keeps the first that it has seen."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _private_token() -> Iterator[None]:
+    """A token for a private Ray, in the environment of this process only while that Ray runs."""
+    if "RAY_AUTH_MODE" in os.environ:  # the user's choice
+        yield
+        return
+    mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ["RAY_AUTH_TOKEN"] = _token()  # with a token at hand, ray.init turns the mode on and writes no file
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _quieten() -> None:
+    """Progress bars only on a terminal; Ray's own remarks only when they warn."""
+    context = ray.data.DataContext.get_current()
+    if not sys.stderr.isatty():
+        context.enable_progress_bars = False
+        context.enable_operator_progress_bars = False
+    for name in ("ray.data", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
