@@ -183,13 +183,27 @@ def local_directory(uri: str) -> Iterator[Path]:
         raise InputError(f"{uri}: there is no such directory")
     with tempfile.TemporaryDirectory(prefix="rmt-") as directory:
         for info in found:
-            if info.type != pyarrow.fs.FileType.File:
-                continue
-            target = Path(directory) / info.path[len(root) + 1 :]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with files.open_input_stream(info.path) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, _COPY_BYTES)
+            if info.type == pyarrow.fs.FileType.File:
+                _download(files, info.path, Path(directory) / info.path[len(root) + 1 :])
         yield Path(directory)
+
+
+@contextlib.contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """The file itself where it is local; otherwise a copy that goes when the block ends."""
+    if not is_s3(uri):
+        yield Path(absolute(uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="rmt-") as directory:
+        path = Path(directory) / uri.rpartition("/")[2]
+        _download(*filesystem(uri), path)
+        yield path
+
+
+def _download(files: pyarrow.fs.FileSystem, key: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.open_input_stream(key) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
 def upload_directory(local: Path, uri: str, *, marker: str | None = None) -> None:

@@ -1,0 +1,261 @@
+"""The segment store: tokenised documents, cut into segments, as Parquet files beside a manifest.
+
+    segments-00000.parquet ...   document_id, segment, tokens; a document whole and in order in one file
+    manifest.parquet             one row a document, in input order
+    errors.jsonl                 one line for everything that did not become a document
+    tokenizer.json, tokenizer_config.json
+    inputs.json                  the files read: size, time and hash
+    store.json                   settings, counts and fingerprints; written last: without it there is no store
+
+A file of numbers k is missing where nothing of its input became a document. Row groups hold at most about
+`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is.
+"""
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.config import InputError, fingerprint
+from pipelines.data.tokenise import Tokenizer, load_tokenizer
+
+FORMAT = 1
+STORE, PARTIAL, MANIFEST, ERRORS, INPUTS = (
+    "store.json",
+    "store.partial.json",
+    "manifest.parquet",
+    "errors.jsonl",
+    "inputs.json",
+)
+ROW_GROUP_TOKENS = 2**18  # 1 MiB of int32
+_ROW_GROUP_ROWS = 2**14  # also bounded where segments are very short
+_OPEN_FILES = 64
+
+SEGMENTS_SCHEMA = pa.schema([("document_id", pa.string()), ("segment", pa.int32()), ("tokens", pa.list_(pa.int32()))])
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("document_id", pa.string()),
+        ("source", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("num_segments", pa.int64()),
+        ("file", pa.string()),
+        ("row_offset", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+
+
+class DocumentEntry(NamedTuple):
+    """A document's row of the manifest."""
+
+    document_id: str
+    source: str  # URI of the file that it was read from
+    num_bytes: int  # of its UTF-8 text
+    num_tokens: int
+    num_segments: int
+    file: str  # name of the segment file that holds it
+    row_offset: int  # the row of its first segment in that file
+    sha256: str  # of its UTF-8 text, 64 hex digits
+
+
+class ErrorEntry(NamedTuple):
+    """Something that did not become a document: a line of errors.jsonl."""
+
+    source: str  # URI of the file
+    document_id: str | None  # None where reading did not come so far
+    line: int | None  # line of a JSONL file or row of a Parquet file, from 1; None for whole files
+    kind: str  # a word to count by: empty, not_utf8, not_json, no_text, bad_id, duplicate_id, unreadable, lossy
+    reason: str
+
+
+def part_name(number: int) -> str:
+    """The segment file that work unit `number` writes."""
+    return f"segments-{number:05d}.parquet"
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+class PartWriter:
+    """Writes segments to one Parquet file in row groups of bounded size; closes with `with`."""
+
+    def __init__(self, path: Path) -> None:
+        self.num_rows = 0
+        self._writer = pq.ParquetWriter(path, SEGMENTS_SCHEMA, compression="zstd", compression_level=1)
+        self._ids: list[str] = []
+        self._numbers: list[int] = []
+        self._tokens: list[np.ndarray] = []
+        self._num_tokens = 0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+    def add(self, document_id: str, segment: int, tokens: np.ndarray) -> None:
+        """`tokens`: (T,) int32."""
+        self._ids.append(document_id)
+        self._numbers.append(segment)
+        self._tokens.append(tokens)
+        self._num_tokens += len(tokens)
+        self.num_rows += 1
+        if self._num_tokens >= ROW_GROUP_TOKENS or len(self._ids) >= _ROW_GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._ids:
+            return
+        offsets = np.zeros(len(self._tokens) + 1, dtype=np.int32)
+        np.cumsum([len(tokens) for tokens in self._tokens], out=offsets[1:])
+        tokens = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._tokens), pa.int32()))
+        columns = [pa.array(self._ids, pa.string()), pa.array(self._numbers, pa.int32()), tokens]
+        self._writer.write_table(pa.table(columns, schema=SEGMENTS_SCHEMA))
+        self._ids, self._numbers, self._tokens, self._num_tokens = [], [], [], 0
+
+
+def without_documents(uri: str, documents: Sequence[DocumentEntry], drop: set[str]) -> list[DocumentEntry]:
+    """Rewrites a segment file without the documents in `drop`; its entries, moved to their new rows.
+
+    `documents` are all that the file holds, in order. A file that becomes empty is deleted.
+    """
+    kept: list[DocumentEntry] = []
+    if all(document.document_id in drop for document in documents):
+        storage.delete(uri)
+        return kept
+    num_rows = 0
+    for document in documents:
+        if document.document_id not in drop:
+            kept.append(document._replace(row_offset=num_rows))
+            num_rows += document.num_segments
+    with storage.local_file(uri) as old, storage.writing(uri) as new, PartWriter(new) as writer:
+        for document_id, number, tokens in _rows(pq.ParquetFile(old)):
+            if document_id not in drop:
+                writer.add(document_id, number, tokens)
+    return kept
+
+
+def _rows(file: pq.ParquetFile) -> Iterator[tuple[str, int, np.ndarray]]:
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group).combine_chunks()
+        tokens, offsets = _flat(table)
+        ids, numbers = table["document_id"].to_pylist(), table["segment"].to_pylist()
+        for row, (document_id, number) in enumerate(zip(ids, numbers, strict=True)):
+            yield document_id, number, tokens[offsets[row] : offsets[row + 1]]
+
+
+def write_manifest(uri: str, documents: Sequence[DocumentEntry]) -> None:
+    columns = list(zip(*documents, strict=True)) or [()] * len(MANIFEST_SCHEMA)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, MANIFEST_SCHEMA, strict=True)]
+    with storage.writing(storage.join(uri, MANIFEST)) as path:
+        pq.write_table(pa.table(arrays, schema=MANIFEST_SCHEMA), path, compression="zstd")
+
+
+def write_errors(uri: str, errors: Iterable[ErrorEntry]) -> None:
+    with storage.writing(storage.join(uri, ERRORS)) as path, path.open("w", encoding="utf-8") as file:
+        for error in errors:
+            file.write(json.dumps(error._asdict()) + "\n")
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def read_store_json(uri: str) -> dict[str, Any] | None:
+    """The content of store.json; None where there is no finished store. InputError where it is not one."""
+    file = storage.join(uri, STORE)
+    if not storage.exists(file):
+        return None
+    try:
+        content = storage.read_json(file)
+        number = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a segment store's: {error}") from error
+    if number != FORMAT:
+        raise InputError(f"{uri} is a store of format {number}, this program reads {FORMAT}; prepare it again")
+    return content
+
+
+class SegmentStore:
+    """A finished store, read segment by segment. Use one object from one thread."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+        content = read_store_json(self.uri)
+        if content is None:
+            raise InputError(f"{uri} is not a finished segment store (no {STORE}); make it with prepare")
+        self.settings: Mapping[str, Any] = content
+        self.segment_len: int = content["segment_len"]
+        self.tokenizer_fingerprint: str = content["tokenizer_fingerprint"]
+        self.fingerprint: str = fingerprint(content["identity"])
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.uri, MANIFEST))))
+        columns = [table[name].to_pylist() for name in DocumentEntry._fields]
+        self.manifest = [DocumentEntry(*row) for row in zip(*columns, strict=True)]
+        self._parts: OrderedDict[str, _Part] = OrderedDict()
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.uri)
+
+    def read(self, document: DocumentEntry, start: int, stop: int) -> np.ndarray:
+        """The tokens of segments start .. stop-1 of a document, joined: (T,) int32, a copy.
+
+        All of these segments must exist (IndexError). Reads the row groups that hold them, and keeps the last
+        one of each file for the next call.
+        """
+        if not 0 <= start <= stop <= document.num_segments:
+            raise IndexError(f"segments {start}..{stop} of {document.document_id!r}, which has {document.num_segments}")
+        part = self._parts.pop(document.file, None)
+        if part is None:
+            part = _Part(storage.join(self.uri, document.file))
+        self._parts[document.file] = part
+        if len(self._parts) > _OPEN_FILES:
+            self._parts.popitem(last=False)[1].close()
+        return part.rows(document.row_offset + start, document.row_offset + stop)
+
+
+class _Part:
+    """An open segment file and its last row group."""
+
+    def __init__(self, uri: str) -> None:
+        files, path = storage.filesystem(uri)
+        self._source = files.open_input_file(path)
+        self._file = pq.ParquetFile(self._source)
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._group = -1
+        self._tokens = self._offsets = np.zeros(0, dtype=np.int32)
+
+    def close(self) -> None:
+        self._file.close()
+        self._source.close()
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        pieces = []
+        while start < stop:
+            group = int(np.searchsorted(self._starts, start, side="right")) - 1
+            if group != self._group:
+                table = self._file.read_row_group(group, columns=["tokens"]).combine_chunks()
+                self._tokens, self._offsets = _flat(table)
+                self._group = group
+            first = int(self._starts[group])
+            end = min(stop, int(self._starts[group + 1]))
+            pieces.append(self._tokens[self._offsets[start - first] : self._offsets[end - first]])
+            start = end
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+
+
+def _flat(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """(all tokens joined, int32; where each row begins and the last one ends)."""
+    tokens = table["tokens"].combine_chunks()
+    tokens = tokens.chunk(0) if isinstance(tokens, pa.ChunkedArray) else tokens
+    offsets = tokens.offsets.to_numpy()
+    return tokens.values.to_numpy(zero_copy_only=False), offsets
