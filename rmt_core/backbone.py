@@ -6,6 +6,7 @@ token, where the rows of a batch have keys of different number.
 Axes: B rows, T tokens, S positions that a layer sees, P positions of context, D width, V vocabulary.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,23 +151,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.lm = lm
         self.family = family_of(lm.config)
+        self.dimensions = _dimensions(lm, self.family)
         attention: str = lm.config._attn_implementation
         if attention != "sdpa":
             raise ValueError(
                 f"attn_implementation is {attention!r}; only 'sdpa' is causal without a mask: load with it"
             )
-
-    @property
-    def dimensions(self) -> Dimensions:
-        config = self.lm.config
-        weight = self.lm.get_input_embeddings().weight
-        return Dimensions(
-            width=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            embedding_std=float(weight.detach().float().std()) if weight.numel() else 0.02,
-            has_relative_positions=self.family.has_relative_positions,
-        )
 
     @property
     def vocab_size(self) -> int:
@@ -223,6 +213,18 @@ class Backbone(nn.Module):
         return run
 
 
+def _dimensions(lm: PreTrainedModel, family: Family) -> Dimensions:
+    embedding = lm.get_input_embeddings()
+    scale = float(getattr(embedding, "embed_scale", 1.0))  # Gemma multiplies what it looks up
+    return Dimensions(
+        width=lm.config.hidden_size,
+        num_layers=lm.config.num_hidden_layers,
+        num_heads=lm.config.num_attention_heads,
+        embedding_std=float(embedding.weight.detach().float().std()) * scale if embedding.weight.numel() else 0.02,
+        has_relative_positions=family.has_relative_positions,
+    )
+
+
 def _first(angles: Angles, length: int) -> Angles:
     """The angles of the first `length` positions."""
     if isinstance(angles, dict):
@@ -246,14 +248,17 @@ def _weave(context: Context, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The adapter of a model's family; a ValueError that lists the families when there is none."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(
-            f"backbone {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
+    family = FAMILIES[supported(config.model_type)]
     if reason := family.refusal(config):
         raise ValueError(f"this {config.model_type} backbone is not supported: {reason}")
     return family
+
+
+def supported(kind: Any) -> str:
+    """The name of a family, or a ValueError with the list of those there are."""
+    if kind not in FAMILIES:
+        raise ValueError(f"backbone {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return kind
 
 
 def config_from(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
@@ -262,12 +267,11 @@ def config_from(source: str | Path | dict[str, Any] | PretrainedConfig) -> Pretr
         return source
     if isinstance(source, dict):
         settings = dict(source)
-        kind = settings.pop("model_type", None)
-        if kind not in FAMILIES:
-            raise ValueError(f"backbone {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
-        return AutoConfig.for_model(kind, **settings)
-    if not (Path(source) / "config.json").is_file():
+        return AutoConfig.for_model(supported(settings.pop("model_type", None)), **settings)
+    file = Path(source) / "config.json"
+    if not file.is_file():
         raise ValueError(f"backbone {str(source)!r} has no config.json; give a directory saved by Hugging Face")
+    supported(json.loads(file.read_text()).get("model_type"))
     return AutoConfig.from_pretrained(str(source), local_files_only=True)
 
 

@@ -14,8 +14,8 @@ from .recurrent import RecurrentModel
 def build(config: ModelConfig | None = None, **settings: Any) -> RecurrentModel:
     """The model of a configuration, or of its fields as keywords: `build(backbone=..., memory="rmt", segment_len=512)`.
 
-    Weights come from the backbone's directory, or are random (seed them with `torch.manual_seed`). Raises ValueError
-    where the parts do not fit each other.
+    Weights come from the backbone's directory, or are random (seed them with `torch.manual_seed`). The model is in
+    evaluation mode: call `train()` for dropout. Raises ValueError where the parts do not fit each other.
     """
     if config is None:
         config = ModelConfig(**settings)
@@ -24,7 +24,7 @@ def build(config: ModelConfig | None = None, **settings: Any) -> RecurrentModel:
     dtype = DTYPES[config.dtype]
     backbone = Backbone(load_lm(config.backbone, dtype))
     memory = build_memory(config, backbone.dimensions).to(dtype)
-    return RecurrentModel(backbone, memory, config)
+    return RecurrentModel(backbone, memory, config).eval()
 
 
 def build_memory(config: ModelConfig, dimensions: Dimensions) -> Memory:

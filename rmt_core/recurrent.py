@@ -44,20 +44,34 @@ class SegmentBatch(NamedTuple):
     labels: Tensor  # (B, T) int64: the next token, -100 where nothing is asked
     lengths: Tensor | None = None  # (B,) real tokens; None where all rows are full
     reset: Tensor | None = None  # (B,) bool: a document begins here
+    weights: Tensor | None = None  # (B, T) of the labels in the loss; None where all weigh 1
 
 
 class Unrolled(NamedTuple):
-    """The loss over several segments."""
+    """The loss over several segments, by row and segment."""
 
-    loss_sums: Tensor  # (K,) nats, summed over the labels of each segment
-    counts: Tensor  # (K,) int64, labels of each segment
+    nats: Tensor  # (B, K) summed over the labels
+    counts: Tensor  # (B, K) int64 labels
+    weighted_nats: Tensor  # (B, K) summed with the labels' weights
+    weights: Tensor  # (B, K) summed weights of the labels
     aux: Tensor  # () summed auxiliary losses
     state: State  # after the last segment
 
     @property
     def loss(self) -> Tensor:
-        """Mean nats per label, plus the mean auxiliary loss of a segment; () zero where no label is asked."""
-        return self.loss_sums.sum() / self.counts.sum().clamp(min=1) + self.aux / len(self.counts)
+        """Weighted mean nats per label plus the mean auxiliary loss of a segment, (); 0 where nothing is asked."""
+        total = self.weights.sum()
+        return self.weighted_nats.sum() / total.where(total > 0, 1) + self.aux / self.counts.shape[1]
+
+
+class _SegmentLoss(NamedTuple):
+    """`Unrolled` for one segment: (B,) each, and the auxiliary loss ()."""
+
+    nats: Tensor
+    counts: Tensor
+    weighted_nats: Tensor
+    weights: Tensor
+    aux: Tensor
 
 
 class RecurrentModel(nn.Module):
@@ -149,28 +163,32 @@ class RecurrentModel(nn.Module):
         """
         if not segments:
             raise ValueError("unroll needs at least one segment")
-        sums, counts, aux = [], [], []
+        parts: list[_SegmentLoss] = []
         for i, segment in enumerate(segments):
             if bptt_segments is not None and i and i % bptt_segments == 0:
                 state = states.detach(state)
             if checkpointed:
-                loss, extra, state = checkpoint(self._segment_loss, segment, state, generator, use_reentrant=False)
+                part, state = checkpoint(self._segment_loss, segment, state, generator, use_reentrant=False)
             else:
-                loss, extra, state = self._segment_loss(segment, state, generator)
-            sums.append(loss)
-            aux.append(extra)
-            counts.append((segment.labels != IGNORED).sum())
-        return Unrolled(torch.stack(sums), torch.stack(counts), torch.stack(aux).sum(), state)
+                part, state = self._segment_loss(segment, state, generator)
+            parts.append(part)
+        nats, counts, weighted, weights = (
+            torch.stack([part[i] for part in parts], dim=1) for i in range(4)
+        )  # (B, K) each
+        return Unrolled(nats, counts, weighted, weights, torch.stack([part.aux for part in parts]).sum(), state)
 
     def _segment_loss(
         self, segment: SegmentBatch, state: State, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, State]:
-        """Summed nats over a segment's labels, its auxiliary loss, and the state after it."""
+    ) -> tuple["_SegmentLoss", State]:
+        """The loss of one segment and the state after it; the head only where a label asks for it."""
         out, state = self.step(segment.tokens, state, segment.lengths, segment.reset, generator=generator)
         asked = segment.labels != IGNORED
-        logits = self.backbone.head(out.hidden[asked])  # (labels, V): the head only where a loss is asked
+        logits = self.backbone.head(out.hidden[asked])  # (labels, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, segment.labels[asked], reduction="sum"), out.aux, state
+        losses = F.cross_entropy(logits, segment.labels[asked], reduction="none")
+        nats = losses.new_zeros(asked.shape).masked_scatter(asked, losses)  # (B, T)
+        weights = asked.to(nats.dtype) if segment.weights is None else segment.weights.to(nats.dtype) * asked
+        return _SegmentLoss(nats.sum(1), asked.sum(1), (nats * weights).sum(1), weights.sum(1), out.aux), state
 
     def forward(
         self,

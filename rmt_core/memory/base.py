@@ -108,6 +108,21 @@ class Memory(nn.Module):
         return h, state
 
 
+class LearnedRows(nn.Module):
+    """Rows (M, D) that are learned, given to each row of a batch.
+
+    They are a module of their own, and called, because optimisers that shard parameters gather them at a module's call.
+    """
+
+    def __init__(self, num_rows: int, width: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_rows, width) * std)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """(B, M, D)."""
+        return self.weight.expand(batch_size, -1, -1)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, N, D) at index (B, S): (B, S, D)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -6,10 +6,10 @@ Axes: B rows, T tokens of a segment, M memory tokens, S = M + T + M, D width.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..state import State
-from .base import Dimensions, Memory, Segment, take
+from .base import Dimensions, LearnedRows, Memory, Segment, take
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class RMTMemory(Memory):
     def __init__(self, config: RMTConfig, dimensions: Dimensions) -> None:
         super().__init__(config, dimensions)
         self.rows_before = self.rows_after = config.num_tokens
-        self.initial = nn.Parameter(torch.randn(config.num_tokens, dimensions.width) * dimensions.embedding_std)
+        self.initial = LearnedRows(config.num_tokens, dimensions.width, dimensions.embedding_std)
 
     def init_state(self, batch_size: int) -> Tensor:
-        return self.initial.expand(batch_size, -1, -1)
+        rows: Tensor = self.initial(batch_size)
+        return rows
 
     def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
         if segment.stage == "extend":
