@@ -263,6 +263,7 @@ def _help(name: str, field: pydantic.fields.FieldInfo, base: Mapping[str, Any]) 
     if isinstance(default, pydantic.BaseModel):
         default = default.model_dump(mode="json")
     shown = default if isinstance(default, str) else json.dumps(default, default=str)
+    shown = "none" if default is None else shown
     return f"{field.description} (default: {shown})".replace("%", "%%")
 
 

@@ -2,7 +2,7 @@
 
 S3 is reached through pyarrow with the usual environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_SESSION_TOKEN (or the machine's role), AWS_REGION, and AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store
-that is not Amazon's. Nothing is ever seen half written: on disk a file gets its name by a rename when it is
+that is not Amazon's. Bytes are read and written as they are, never (de)compressed by a file's name. Nothing is ever seen half written: on disk a file gets its name by a rename when it is
 complete and flushed; on S3 an object appears when its upload ends.
 """
 
@@ -108,7 +108,7 @@ def delete(uri: str) -> None:
 
 def read_bytes(uri: str) -> bytes:
     files, path = filesystem(uri)
-    with files.open_input_stream(path) as stream:
+    with files.open_input_stream(path, compression=None) as stream:
         return stream.read()
 
 
@@ -164,7 +164,7 @@ def _sync_directory(path: Path) -> None:
 
 def _upload(path: Path, uri: str) -> None:
     files, key = filesystem(uri)
-    with path.open("rb") as source, files.open_output_stream(key) as target:
+    with path.open("rb") as source, files.open_output_stream(key, compression=None) as target:
         shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
@@ -202,7 +202,7 @@ def local_file(uri: str) -> Iterator[Path]:
 
 def _download(files: pyarrow.fs.FileSystem, key: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.open_input_stream(key) as source, path.open("wb") as target:
+    with files.open_input_stream(key, compression=None) as source, path.open("wb") as target:
         shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
@@ -294,6 +294,8 @@ def _single(pattern: str, uri: str, info: pyarrow.fs.FileInfo, suffixes: tuple[s
         fault = "does not exist" if missing else "has an unsupported suffix"
         allowed = ", ".join(suffixes)
         raise InputError(f"{pattern} {fault}; give directories, globs or files that end in {allowed}")
+    if info.type == pyarrow.fs.FileType.Unknown:
+        raise InputError(f"{pattern} is neither a file nor a directory")
     return _entry(info, uri, uri.rpartition("/")[2])
 
 

@@ -35,6 +35,15 @@ STORE, PARTIAL, MANIFEST, ERRORS, INPUTS = (
     "inputs.json",
 )
 ROW_GROUP_TOKENS = 2**18  # 1 MiB of int32
+_IDENTITY = (  # what a store is, wherever it lies
+    "format",
+    "segment_len",
+    "tokenizer_fingerprint",
+    "input_fingerprint",
+    "num_documents",
+    "num_segments",
+    "num_tokens",
+)
 _ROW_GROUP_ROWS = 2**14  # also bounded where segments are very short
 _OPEN_FILES = 64
 
@@ -195,7 +204,7 @@ class SegmentStore:
         self.settings: Mapping[str, Any] = content
         self.segment_len: int = content["segment_len"]
         self.tokenizer_fingerprint: str = content["tokenizer_fingerprint"]
-        self.fingerprint: str = fingerprint(content["identity"])
+        self.fingerprint: str = fingerprint({key: content[key] for key in _IDENTITY})
         table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.uri, MANIFEST))))
         columns = [table[name].to_pylist() for name in DocumentEntry._fields]
         self.manifest = [DocumentEntry(*row) for row in zip(*columns, strict=True)]
