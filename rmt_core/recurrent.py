@@ -121,16 +121,15 @@ class RecurrentModel(nn.Module):
         """
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.segment_len:
             raise ValueError(f"tokens are {tuple(tokens.shape)}; a step takes (rows, 1 to {self.segment_len} tokens)")
-        kept = state
+        given = state
         if reset is not None:
-            state = states.where(reset, self.init_state(len(tokens)), state)
-        if lengths is not None:
-            active = lengths > 0 if active is None else active & (lengths > 0)
-            kept = kept if reset is None else states.where(reset & (lengths == 0), state, kept)
+            state = states.where(reset, self.init_state(len(tokens)), given)
         segment = Segment(tokens.shape[1], lengths, self.memory.rows_before, generator=generator)
         hidden, new = self.read(tokens, state, segment)
+        if lengths is not None:
+            new = states.where(lengths > 0, new, state)
         if active is not None:
-            new = states.where(active, new, kept)
+            new = states.where(active, new, given)
         aux = torch.stack(segment.aux).sum() if segment.aux else hidden.new_zeros(())
         return Output(hidden, aux, self.backbone), new
 
