@@ -7,9 +7,10 @@ from .config import ModelConfig
 from .generation import Generation, Sampling, Session, generate, open_session, read
 from .gradients import backward
 from .memory import MEMORIES
-from .recurrent import Output, RecurrentModel, SegmentBatch, Unrolled, run
+from .recurrent import IGNORED, Output, RecurrentModel, SegmentBatch, Unrolled, run
 
 __all__ = [
+    "IGNORED",
     "MEMORIES",
     "Generation",
     "ModelConfig",

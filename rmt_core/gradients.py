@@ -38,7 +38,7 @@ def backward(
         part = model.unroll(
             segments[start : start + window], state, checkpointed=mode == "checkpoint", generator=generator
         )
-        loss = part.nats.sum() / count + part.aux / len(segments)
+        loss = part.loss_sum / count + part.aux * (len(part.nats) / len(segments))
         if loss.requires_grad:
             loss.backward()
         state, total = states.detach(part.state), total + loss.detach()

@@ -48,30 +48,27 @@ class SegmentBatch(NamedTuple):
 
 
 class Unrolled(NamedTuple):
-    """The loss over several segments, by row and segment."""
+    """The loss over several segments."""
 
-    nats: Tensor  # (B, K) summed over the labels
-    counts: Tensor  # (B, K) int64 labels
-    weighted_nats: Tensor  # (B, K) summed with the labels' weights
-    weights: Tensor  # (B, K) summed weights of the labels
-    aux: Tensor  # () summed auxiliary losses
+    loss_sum: Tensor  # () nats times weight, summed over the labels; with a gradient
+    weight: Tensor  # () summed weights of the labels
+    aux: Tensor  # () mean over segments of the auxiliary loss; with a gradient
+    nats: tuple[Tensor, ...]  # K x (B, T) of each label, detached; 0 where nothing is asked
     state: State  # after the last segment
 
     @property
     def loss(self) -> Tensor:
-        """Weighted mean nats per label plus the mean auxiliary loss of a segment, (); 0 where nothing is asked."""
-        total = self.weights.sum()
-        return self.weighted_nats.sum() / total.where(total > 0, 1) + self.aux / self.counts.shape[1]
+        """Weighted mean nats per label plus the auxiliary loss, (); where nothing is asked, only the latter."""
+        return self.loss_sum / self.weight.where(self.weight > 0, 1) + self.aux
 
 
 class _SegmentLoss(NamedTuple):
-    """`Unrolled` for one segment: (B,) each, and the auxiliary loss ()."""
+    """`Unrolled` for one segment."""
 
-    nats: Tensor
-    counts: Tensor
-    weighted_nats: Tensor
-    weights: Tensor
+    loss_sum: Tensor
+    weight: Tensor
     aux: Tensor
+    nats: Tensor
 
 
 class RecurrentModel(nn.Module):
@@ -171,10 +168,8 @@ class RecurrentModel(nn.Module):
             else:
                 part, state = self._segment_loss(segment, state, generator)
             parts.append(part)
-        nats, counts, weighted, weights = (
-            torch.stack([part[i] for part in parts], dim=1) for i in range(4)
-        )  # (B, K) each
-        return Unrolled(nats, counts, weighted, weights, torch.stack([part.aux for part in parts]).sum(), state)
+        sums, weights, aux, nats = zip(*parts, strict=True)
+        return Unrolled(torch.stack(sums).sum(), torch.stack(weights).sum(), torch.stack(aux).mean(), nats, state)
 
     def _segment_loss(
         self, segment: SegmentBatch, state: State, generator: torch.Generator | None
@@ -185,9 +180,9 @@ class RecurrentModel(nn.Module):
         logits = self.backbone.head(out.hidden[asked])  # (labels, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, segment.labels[asked], reduction="none")
-        nats = losses.new_zeros(asked.shape).masked_scatter(asked, losses)  # (B, T)
-        weights = asked.to(nats.dtype) if segment.weights is None else segment.weights.to(nats.dtype) * asked
-        return _SegmentLoss(nats.sum(1), asked.sum(1), (nats * weights).sum(1), weights.sum(1), out.aux), state
+        weights = asked.to(losses.dtype) if segment.weights is None else segment.weights.to(losses.dtype) * asked
+        nats = losses.detach().new_zeros(asked.shape).masked_scatter(asked, losses.detach())
+        return _SegmentLoss((losses * weights[asked]).sum(), weights.sum(), out.aux, nats), state
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """Recall: one fact somewhere in a long text, asked for at its end.
 
-The text is prose from a book, or noise for tiny models. The fact is a sentence of its own, `The secret key is K.`, with one
-of 16 letters; the text ends with the sentence's beginning, and what must follow is the letter. A model that forgot
+The text is prose from a book, or noise for tiny models. The fact is a sentence of its own, `The secret key is K.`, with
+one of 16 letters; the text ends with the sentence's beginning, and what must follow is the letter. A model that forgot
 can do no better than guess among the letters. The scheme is the "memorise" and "detect and memorise" tasks of
 Bulatov et al. 2023 (arXiv:2304.11062, section 4) put into real text, as in BABILong (arXiv:2406.10149).
 
@@ -59,6 +59,16 @@ def noise(tokenizer: Encodes) -> Background:
     return draw
 
 
+def shortest_text(tokenizer: Encodes) -> int:
+    """The fewest tokens that hold a fact and the question."""
+    return max(len(tokenizer.encode(FACT.format(letter))) for letter in LETTERS) + len(tokenizer.encode(QUESTION))
+
+
+def longest_answer(tokenizer: Encodes) -> int:
+    """Tokens of the longest answer."""
+    return max(len(tokenizer.encode(ANSWER.format(letter))) for letter in LETTERS)
+
+
 def samples(
     tokenizer: Encodes, background: Background, *, length: int, num: int, seed: int, latest: int | None = None
 ) -> Iterator[RecallSample]:
@@ -70,7 +80,7 @@ def samples(
     facts = [tokenizer.encode(FACT.format(letter)) for letter in LETTERS]
     answers = [tokenizer.encode(ANSWER.format(letter)) for letter in LETTERS]
     question = tokenizer.encode(QUESTION)
-    need = max(len(fact) for fact in facts) + len(question)
+    need = shortest_text(tokenizer)
     if length < need:
         raise ValueError(f"recall needs texts of at least {need} tokens for fact and question; length is {length}")
     for index in range(num):

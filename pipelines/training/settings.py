@@ -1,0 +1,237 @@
+"""What a training run is: every setting with its unit, and how settings become a model and a course of steps."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import Field
+
+import rmt_core
+from pipelines.config import Config, Count, InputError
+from pipelines.data.tokenise import Tokenizer
+
+
+def _memory(value: Any) -> Any:
+    """`rmt`, or JSON: {"kind": "rmt", "num_tokens": 8}, or a list of such."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not JSON ({error}); write a kind, such as rmt, or JSON") from None
+    return value
+
+
+class ModelSettings(Config):
+    """The model: a backbone's directory, or the shape of a new one with random weights."""
+
+    backbone: str | None = Field(
+        default=None, description="directory saved by Hugging Face; none: a new one of the shape below"
+    )
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"] = Field(
+        default="llama", description="of a new backbone"
+    )
+    width: int = Field(default=64, ge=1, description="of a new backbone: hidden size")
+    num_layers: int = Field(default=2, ge=1, description="of a new backbone: layers")
+    num_heads: int = Field(default=4, ge=1, description="of a new backbone: attention heads")
+    feed_forward_width: int = Field(
+        default=128, ge=1, description="of a new backbone: inner size of the feed-forward part"
+    )
+    max_positions: Count = Field(
+        default=2048, ge=1, description="of a new backbone: positions a segment may take with its memory"
+    )
+    memory: Annotated[Any, pydantic.BeforeValidator(_memory)] = Field(
+        default={"kind": "rmt", "num_tokens": 4},
+        description="memory kind, or JSON with its settings, or a JSON list of such",
+    )
+
+
+class OptimizerSettings(Config):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = Field(default=2e-3, gt=0, description="highest learning rate")
+    final_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="last learning rate as a fraction of the highest"
+    )
+    warmup_steps: int = Field(default=50, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay, on matrices only")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2")
+    clip_norm: float = Field(default=1.0, ge=0, description="global gradient norm is clipped to this; 0: no clipping")
+
+
+class CurriculumSettings(Config):
+    """How many segments the gradient and the planted texts span, stage by stage."""
+
+    num_segments: list[int] = Field(
+        default=[1, 2, 3, 4, 6, 8], min_length=1, description="segments of a window in each stage"
+    )
+    steps: list[int] = Field(
+        default=[200, 600, 200, 200, 200, 200], min_length=1, description="optimiser steps of each stage"
+    )
+    vary: bool = Field(default=True, description="each step draws its number of segments evenly from 1 to the stage's")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "CurriculumSettings":
+        if len(self.num_segments) != len(self.steps):
+            raise ValueError(
+                f"num_segments has {len(self.num_segments)} stages and steps has {len(self.steps)}: give one of each a stage"
+            )
+        if min(self.num_segments) < 1 or min(self.steps) < 1:
+            raise ValueError("num_segments and steps must all be at least 1")
+        return self
+
+
+class GradientSettings(Config):
+    """How the gradient goes back through a window's segments."""
+
+    mode: Literal["full", "truncated", "checkpoint"] = Field(
+        default="full",
+        description="full; truncated: at most bptt_segments back; checkpoint: full at one segment's activations",
+    )
+    bptt_segments: int | None = Field(
+        default=None, ge=1, description="with mode truncated: segments a gradient may cross"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "GradientSettings":
+        if (self.mode == "truncated") != (self.bptt_segments is not None):
+            raise ValueError(
+                f"bptt_segments is {self.bptt_segments} with mode {self.mode}; give it with truncated and only there"
+            )
+        return self
+
+
+class DataSettings(Config):
+    """What the rows of a batch read."""
+
+    piece_segments: int | None = Field(
+        default=64, ge=1, description="documents are followed in pieces of at most so many segments; none: whole"
+    )
+    recall_fraction: float = Field(
+        default=0.5, ge=0, le=1, description="of the rows that read texts with a planted fact"
+    )
+    recall_background: Literal["prose", "noise"] = Field(default="prose", description="what a planted fact stands in")
+    recall_text_weight: float = Field(default=1.0, ge=0, description="loss weight of the text around a planted fact")
+    recall_answer_weight: float = Field(default=30.0, gt=0, description="loss weight of an answer's tokens")
+
+
+class WorkerSettings(Config):
+    """How the work is spread."""
+
+    num_workers: int = Field(default=1, ge=1, description="training processes; batch_size must be a multiple")
+    cpus: float = Field(default=1.0, gt=0, description="CPU cores a worker")
+    use_gpu: bool = Field(default=False, description="one GPU a worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO: what is sharded over workers")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of weights in the model and activations"
+    )
+
+
+class ReportSettings(Config):
+    """When the run tells of itself."""
+
+    log_every: int = Field(default=20, ge=1, description="steps between lines of metrics.jsonl and TensorBoard")
+    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints kept, the newest")
+
+
+class TrainConfig(Config):
+    """A training run."""
+
+    data: str | None = Field(
+        default=None, description="segment store made by prepare; none: the embedded books, as bytes"
+    )
+    output: str = Field(default="runs/train", description="directory or s3:// of the run: metrics, checkpoints, model")
+    resume: str = Field(
+        default="auto", description="auto: go on where the run in output stopped; never; or a checkpoint's path"
+    )
+    segment_len: Count = Field(
+        default=64, ge=1, description="tokens a segment, for the embedded books; a store has its own"
+    )
+    batch_size: int = Field(default=16, ge=1, description="rows of the global batch")
+    seed: int = Field(default=0, ge=0, description="of weights, order of data and planted facts")
+    model: ModelSettings = ModelSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
+    gradient: GradientSettings = GradientSettings()
+    dataset: DataSettings = DataSettings()
+    workers: WorkerSettings = WorkerSettings()
+    report: ReportSettings = ReportSettings()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.batch_size % self.workers.num_workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of workers.num_workers {self.workers.num_workers}"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.curriculum.steps)
+
+    @property
+    def num_recall_lanes(self) -> int:
+        return round(self.dataset.recall_fraction * self.batch_size)
+
+
+# Not part of what is learned: a run may go on with other values of these.
+HOUSEKEEPING = {"output", "resume", "report", "data"}
+
+
+def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) -> rmt_core.ModelConfig:
+    """The model's configuration for a tokenizer's vocabulary. Raises ValueError where parts do not fit."""
+    settings = config.model
+    backbone: Any = settings.backbone
+    if backbone is None:
+        backbone = {
+            "model_type": settings.family,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_id,
+            **_shape(settings),
+        }
+    elif not Path(backbone).is_dir():
+        raise InputError(f"model.backbone {backbone!r} is not a directory; give one saved by Hugging Face")
+    return rmt_core.ModelConfig(
+        backbone=backbone, memory=settings.memory, segment_len=segment_len, dtype=config.workers.precision
+    )
+
+
+def _shape(settings: ModelSettings) -> dict[str, Any]:
+    if settings.family == "gpt2":
+        return {
+            "n_embd": settings.width,
+            "n_layer": settings.num_layers,
+            "n_head": settings.num_heads,
+            "n_inner": settings.feed_forward_width,
+            "n_positions": settings.max_positions,
+        }
+    return {
+        "hidden_size": settings.width,
+        "intermediate_size": settings.feed_forward_width,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_heads,
+        "head_dim": settings.width // settings.num_heads,
+        "max_position_embeddings": settings.max_positions,
+        "pad_token_id": None,
+    }
+
+
+def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:
+    """The learning rate of optimiser step `step`, from 0 on: linear warm-up, then a cosine to the final fraction."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(num_steps - settings.warmup_steps, 1)
+    decay = 0.5 * (1 + np.cos(np.pi * min(progress, 1.0)))
+    return float(settings.learning_rate * (settings.final_fraction + (1 - settings.final_fraction) * decay))
+
+
+def num_segments_at(settings: CurriculumSettings, step: int, seed: int) -> int:
+    """Segments of the window of optimiser step `step`; the same on every worker."""
+    stage = int(np.searchsorted(np.cumsum(settings.steps), step, side="right"))
+    longest = settings.num_segments[min(stage, len(settings.steps) - 1)]
+    return int(np.random.default_rng((seed, step)).integers(1, longest + 1)) if settings.vary else longest
