@@ -1,0 +1,135 @@
+"""What an evaluation task is: a check before anything runs, and a measurement that gives figures.
+
+Every task compares the model's memory with two ablations of it. All three read the same tokens and carry the same
+true state from segment to segment; what differs is the state that a segment is given:
+
+    true       the state that the text so far has left
+    zeroed     zeros in every tensor, before the first segment too: the segment alone
+    shuffled   the true state of the neighbouring row, which has read as much of another text
+
+Axes: B rows, N tokens of a text, T tokens of a segment, D width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rmt_core
+from pipelines.config import InputError
+from pipelines.data.tokenise import Tokenizer
+from pipelines.tasks.held_out import HeldOut
+from rmt_core import RecurrentModel
+from rmt_core.state import State
+
+TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
+
+_HEAD_FLOATS = 2**24  # logits computed at once: 64 MiB of float32
+
+
+class Figure(NamedTuple):
+    """One number that a task has measured. What does not apply is None."""
+
+    metric: str
+    value: float
+    memory: str | None = None  # one of MEMORIES
+    segment: int | None = None  # index of the segment that it is about; None: the whole length
+    num_tokens: int | None = None  # tokens that it is a mean over
+    num_samples: int | None = None  # samples that it is a fraction of
+    low: float | None = None  # ends of the 95 % confidence interval
+    high: float | None = None
+    chance: float | None = None  # what guessing gives
+    needs_memory: bool | None = None  # what is asked for lies in an earlier segment than the answer
+
+
+@dataclass(frozen=True)
+class Material:
+    """What tasks measure with, beside the model."""
+
+    tokenizer: Tokenizer
+    held_out: HeldOut
+    background: Literal["prose", "noise"] = "prose"
+    num_samples: int = 32
+    batch_size: int = 8  # rows read at once
+    limit_segments: int | None = None  # at most so many segments of held-out text a length
+    seed: int = 0
+
+
+class Task(Protocol):
+    """One thing to measure, at any length."""
+
+    settings: frozenset[str]  # the fields of Material, beside tokenizer and batch_size, that it reads
+
+    def check(self, length: int, segment_len: int, material: Material) -> None:
+        """Raises InputError where the task cannot be measured on texts of `length` tokens."""
+
+    def measure(self, model: RecurrentModel, length: int, material: Material) -> list[Figure]:
+        """The figures at `length` tokens. Rows of a batch never change one another's true or zeroed figures."""
+
+
+def check_length(task: str, length: int, segment_len: int) -> None:
+    """InputError for a text shorter than a segment, which no memory is needed for."""
+    if length < segment_len:
+        raise InputError(
+            f"{task} at length {length}: shorter than the model's segment of {segment_len} tokens; "
+            f"use at least {segment_len}"
+        )
+
+
+def memories_for(num_rows: int) -> tuple[str, ...]:
+    """The ablations that so many rows allow: a single one has no neighbour, so none to be shuffled with."""
+    return MEMORIES if num_rows >= 2 else (TRUE, ZEROED)
+
+
+def given(memory: str, carried: State) -> State:
+    """The state that a segment is given where the text so far has left `carried`."""
+    if memory == ZEROED:
+        return rmt_core.state.zeroed(carried)
+    if memory == SHUFFLED:
+        return rmt_core.state.shuffled(carried)
+    return carried
+
+
+def batch_sizes(num: int, batch_size: int) -> list[int]:
+    """`num` rows as batches of nearly equal size, at most `batch_size` (at least 2), none of a single row.
+
+    Where only a larger batch avoids a single row (an odd number in pairs) one batch has 3.
+    """
+    num_batches = max(1, min(-(-num // batch_size), num // 2))
+    return [len(part) for part in np.array_split(np.arange(num), num_batches)]
+
+
+class Part(NamedTuple):
+    """One segment of each row of a batch."""
+
+    start: int  # place of its first token in the texts
+    tokens: Tensor  # (B, T) int64, padding behind a row's end
+    lengths: Tensor | None  # (B,) int64 real tokens; None where all are
+
+
+def segments(rows: list[np.ndarray], segment_len: int, device: torch.device) -> Iterator[Part]:
+    """Texts, (N,) integers each, of any lengths, segment by segment."""
+    for start in range(0, max(len(row) for row in rows), segment_len):
+        cut = [row[start : start + segment_len] for row in rows]
+        lengths = [len(part) for part in cut]
+        tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+        for row, part in zip(tokens, cut, strict=True):
+            row[: len(part)] = part
+        ragged = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
+        yield Part(start, torch.from_numpy(tokens).to(device), ragged)
+
+
+def device_of(model: RecurrentModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def logits_in_pieces(model: RecurrentModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of hidden states (N, D), a few at a time: pairs of (which of the N, (n, V) at least float32)."""
+    num_rows = max(1, _HEAD_FLOATS // model.backbone.vocab_size)
+    for start in range(0, len(hidden), num_rows):
+        piece = slice(start, start + num_rows)
+        logits = model.backbone.head(hidden[piece])
+        yield piece, logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,302 @@
+"""Evaluation tasks against loops written out from their definitions, in float64.
+
+Axes: B rows, N tokens of a text, T tokens of a segment, V vocabulary.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rmt_core
+from pipelines.config import InputError
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import TASKS, base, recall
+from pipelines.tasks.base import MEMORIES, Figure, Material, batch_sizes
+from pipelines.tasks.held_out import TextHeldOut, opening
+from pipelines.tasks.perplexity import batch_losses
+from pipelines.tasks.questions import batch_answers, wilson_interval
+from pipelines.tasks.recall import RecallSample
+from rmt_core import RecurrentModel
+from tests.rmt_core.tiny import MEMORIES as TINY_MEMORIES
+from tests.rmt_core.tiny import VOCAB, tiny_model
+
+BYTES = ByteTokenizer()
+
+
+def byte_model(memory: Any = None, segment_len: int = 16) -> RecurrentModel:
+    return tiny_model(memory or TINY_MEMORIES["rmt"], segment_len=segment_len, vocab_size=BYTES.vocab_size)
+
+
+def text(num_tokens: int, seed: int = 0, vocab: int = 100) -> TextHeldOut:
+    tokens = np.random.default_rng(seed).integers(vocab, size=num_tokens).astype(np.int32)
+    return TextHeldOut("random", "f", tokens)
+
+
+def material(**settings: Any) -> Material:
+    return Material(**{"tokenizer": BYTES, "held_out": text(200), "batch_size": 4, "num_samples": 6, **settings})
+
+
+def select(figures: list[Figure], metric: str, memory: str) -> list[Figure]:
+    return [figure for figure in figures if figure.metric == metric and figure.memory == memory]
+
+
+def naive_logits(model: RecurrentModel, rows: list[list[int]], memory: str) -> list[torch.Tensor]:
+    """Logits (N, V) of each row, one row and one segment at a time. The neighbour of row i is row i - 1."""
+    size, count = model.segment_len, len(rows)
+    carried = [[model.init_state(1)] for _ in rows]  # carried[i][s]: row i's own state before its segment s
+    pieces = [[row[start : start + size] for start in range(0, len(row), size)] for row in rows]
+    for i, row in enumerate(pieces):
+        for piece in row:
+            carried[i].append(model.step(torch.tensor([piece]), carried[i][-1])[1])
+    found = []
+    for i, row in enumerate(pieces):
+        out = []
+        for s, piece in enumerate(row):
+            neighbour = carried[(i - 1) % count]
+            state = neighbour[min(s, len(neighbour) - 1)] if memory == "shuffled" else carried[i][s]
+            if memory == "zeroed":
+                state = rmt_core.state.tree_map(lambda tensor: tensor * 0, state)
+            out.append(model.step(torch.tensor([piece]), state)[0].logits[0])
+        found.append(torch.cat(out).detach())
+    return found
+
+
+@pytest.mark.parametrize("memory", ["none", "rmt", "xl", "xl+rmt"])
+def test_losses_equal_a_naive_loop(memory: str) -> None:
+    model = tiny_model(TINY_MEMORIES[memory], segment_len=6)
+    texts = text(3 * 17, vocab=VOCAB).tokens.reshape(3, 17)
+    losses = batch_losses(model, texts, MEMORIES)
+    for kind in MEMORIES:
+        for i, logits in enumerate(naive_logits(model, texts[:, :-1].tolist(), kind)):
+            nats = [
+                -float(torch.log_softmax(row, 0)[int(label)]) for row, label in zip(logits, texts[i, 1:], strict=True)
+            ]
+            wanted = [sum(nats[start : start + 6]) for start in range(0, 16, 6)]
+            np.testing.assert_allclose(losses[kind][i], wanted, rtol=0, atol=1e-9)
+
+
+def test_true_loss_is_the_models_own() -> None:
+    model = byte_model()
+    figures = TASKS["perplexity"].measure(model, 50, material(held_out=text(100)))
+    tokens = torch.from_numpy(text(100).tokens).long().view(2, 50)
+    labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], dim=1)
+    assert select(figures, "loss", "true")[0].value == pytest.approx(model(tokens, labels).item(), abs=1e-9)
+
+
+def test_a_zeroed_memory_is_each_segment_alone_from_a_state_of_zeros() -> None:
+    model = byte_model(segment_len=8)
+    texts = text(2 * 25).tokens.reshape(2, 25)
+    losses = batch_losses(model, texts, ["true", "zeroed"])["zeroed"]
+    for s, start in enumerate(range(0, 24, 8)):
+        inputs, labels = (torch.from_numpy(texts[:, at : at + 8]).long() for at in (start, start + 1))
+        out, _ = model.step(inputs, torch.zeros_like(model.init_state(2)))
+        wanted = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="none")
+        np.testing.assert_allclose(losses[:, s], wanted.view(2, 8).sum(1).detach(), rtol=0, atol=1e-9)
+
+
+def test_without_a_memory_the_three_are_equal() -> None:
+    figures = TASKS["perplexity"].measure(byte_model("none"), 40, material())
+    values = [select(figures, "loss", memory)[0].value for memory in MEMORIES]
+    assert values[0] == values[1] == values[2]
+
+
+@pytest.mark.parametrize("length", [16, 17, 18, 32, 40, 200])
+def test_perplexity_counts_every_predicted_token(length: int) -> None:
+    held_out = text(200)
+    figures = TASKS["perplexity"].measure(byte_model(), length, material(held_out=held_out))
+    num_rows = 200 // length
+    whole = select(figures, "loss", "true")[0]
+    curve = select(figures, "loss_by_segment", "true")
+    assert whole.num_tokens == num_rows * (length - 1) == sum(figure.num_tokens or 0 for figure in curve)
+    assert [figure.segment for figure in curve] == list(range(math.ceil((length - 1) / 16)))
+    mean = sum(figure.value * (figure.num_tokens or 0) for figure in curve) / whole.num_tokens
+    assert whole.value == pytest.approx(mean, abs=1e-12)
+    bits = select(figures, "bits_per_byte", "true")[0]
+    assert bits.value == pytest.approx(whole.value / math.log(2), abs=1e-12)  # a byte tokenizer: one byte a token
+
+
+def test_a_single_row_is_measured_without_shuffling() -> None:
+    figures = TASKS["perplexity"].measure(byte_model(), 150, material())
+    assert {figure.memory for figure in figures} == {"true", "zeroed"}
+
+
+def test_perplexity_does_not_depend_on_the_batch() -> None:
+    whole = TASKS["perplexity"].measure(byte_model(), 40, material(batch_size=8))
+    paired = TASKS["perplexity"].measure(byte_model(), 40, material(batch_size=2))
+    for memory in ("true", "zeroed"):
+        a, b = (select(figures, "loss_by_segment", memory) for figures in (whole, paired))
+        assert [x.value for x in a] == pytest.approx([x.value for x in b], abs=1e-10)
+
+
+def test_limit_segments_takes_rows_from_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, read = text(400), []
+    monkeypatch.setattr(TextHeldOut, "read", lambda self, i, a, b: read.append(a) or self.tokens[a:b])
+    TASKS["perplexity"].measure(byte_model(), 40, material(held_out=held_out, limit_segments=7))
+    assert read == [0, 200]
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "changes", "words"),
+    [
+        ("perplexity", 15, {}, ["15", "segment of 16", "at least 16"]),
+        ("perplexity", 201, {}, ["201", "longer", "at most 200"]),
+        ("perplexity", 64, {"limit_segments": 3}, ["--limit-segments 3", "4 segments", "at least 4"]),
+        ("recall", 15, {}, ["15", "at least 16"]),
+        ("recall", 30, {}, ["30", "at least"]),
+    ],
+)
+def test_lengths_that_cannot_be_measured_are_refused(
+    task: str, length: int, changes: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(InputError) as error:
+        TASKS[task].check(length, 16, material(**changes))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+# --- questions --------------------------------------------------------------------------------------
+
+
+def samples(num: int, lengths: list[int], answer_len: int = 3, seed: int = 5) -> list[RecallSample]:
+    generator = np.random.default_rng(seed)
+    return [
+        RecallSample(generator.integers(VOCAB, size=n), generator.integers(VOCAB, size=answer_len), 4, 0)
+        for _, n in zip(range(num), itertools.cycle(lengths), strict=False)
+    ]
+
+
+def answered_by(model: RecurrentModel, sample: RecallSample) -> RecallSample:
+    """The sample with the answer that greedy decoding writes."""
+    written = rmt_core.generate(model, [sample.tokens.tolist()], len(sample.answer)).tokens[0]
+    return sample._replace(answer=np.array(written))
+
+
+@pytest.mark.parametrize("memory", ["none", "rmt", "xl+rmt"])
+@pytest.mark.parametrize("length", [10, 11, 12, 13])  # the answer in one segment, or over a segment's end
+def test_an_answer_is_right_when_greedy_decoding_writes_it(memory: str, length: int) -> None:
+    model = tiny_model(TINY_MEMORIES[memory], segment_len=6)
+    questions = samples(4, [length])
+    right = [answered_by(model, question) for question in questions]
+    spoilt = [
+        sample._replace(answer=np.where(np.arange(3) == i, (sample.answer + 1) % VOCAB, sample.answer))
+        for i, sample in enumerate(right[:3])
+    ]
+    assert batch_answers(model, right, ["true"])["true"].all()
+    assert not batch_answers(model, spoilt, ["true"])["true"].any()
+
+
+def test_ablated_answers_equal_a_naive_loop() -> None:
+    model = tiny_model(TINY_MEMORIES["rmt"], segment_len=6)
+    questions = [answered_by(model, sample) for sample in samples(5, [13, 13, 13, 14, 15], answer_len=1)]
+    rows = [sample.tokens.tolist() for sample in questions]
+    found = batch_answers(model, questions, MEMORIES)
+    for memory in MEMORIES:
+        wanted = [
+            int(logits[-1].argmax()) == sample.answer[0]
+            for logits, sample in zip(naive_logits(model, rows, memory), questions, strict=True)
+        ]
+        assert found[memory].tolist() == wanted
+    assert found["true"].all()
+    assert not found["zeroed"].all()
+    assert not found["shuffled"].all()
+
+
+def test_answers_in_a_ragged_batch_equal_those_alone() -> None:
+    model = tiny_model(TINY_MEMORIES["xl+rmt"], segment_len=6)
+    questions = samples(6, [7, 19, 12, 30], answer_len=2)
+    questions = [answered_by(model, sample) if i % 2 else sample for i, sample in enumerate(questions)]
+    together = batch_answers(model, questions, ["true", "zeroed"])
+    for i, sample in enumerate(questions):
+        alone = batch_answers(model, [sample], ["true", "zeroed"])
+        assert [together[memory][i] for memory in alone] == [alone[memory][0] for memory in alone]
+
+
+@pytest.mark.parametrize("background", ["prose", "noise"])
+def test_recall_gives_fractions_with_interval_and_chance(background: str) -> None:
+    figures = TASKS["recall"].measure(byte_model(), 160, material(background=background))
+    assert [figure.memory for figure in figures] == list(MEMORIES)
+    for figure in figures:
+        assert (figure.metric, figure.num_samples, figure.chance) == ("accuracy", 6, pytest.approx(1 / 16))
+        assert figure.low is not None
+        assert figure.high is not None
+        assert 0 <= figure.low <= figure.value <= figure.high <= 1
+
+
+def test_a_recalled_fact_ends_before_the_segment_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[RecallSample] = []
+
+    def answers(model: Any, batch: list[RecallSample], memories: tuple[str, ...]) -> dict[str, np.ndarray]:
+        drawn.extend(batch)
+        return {memory: np.zeros(len(batch), dtype=bool) for memory in memories}
+
+    monkeypatch.setattr("pipelines.tasks.questions.batch_answers", answers)
+    model = byte_model(segment_len=50)
+    for length in (102, 130, 150, 300):
+        drawn.clear()
+        figures = TASKS["recall"].measure(model, length, material(num_samples=50))
+        assert figures[0].needs_memory
+        for sample in drawn:
+            assert len(sample.tokens) + len(sample.answer) == length
+            answering = (len(sample.tokens) - 1) // 50 * 50
+            assert b"secret key is" not in BYTES.decode_bytes(sample.tokens[answering:])[:-19]
+            assert BYTES.decode_bytes(sample.tokens[:answering]).count(BYTES.decode_bytes(sample.answer) + b".") >= 1
+    assert not TASKS["recall"].measure(model, 50, material())[0].needs_memory
+
+
+def test_recall_is_the_same_for_the_same_seed_and_any_batch() -> None:
+    model = byte_model()
+    one, two, other = (
+        [figure.value for figure in TASKS["recall"].measure(model, 90, material(batch_size=size, seed=seed))][:2]
+        for size, seed in ((2, 1), (6, 1), (6, 2))
+    )
+    assert one == two
+    assert len(other) == 2
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num", "low", "high"),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_has_its_published_values(num_right: int, num: int, low: float, high: float) -> None:
+    assert wilson_interval(num_right, num) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson_interval(num - num_right, num)
+    assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((low, high), abs=5e-5)
+
+
+# --- what tasks share -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_no_batch_is_a_single_row(batch_size: int) -> None:
+    assert batch_sizes(1, batch_size) == [1]
+    for num in range(2, 40):
+        sizes = batch_sizes(num, batch_size)
+        assert sum(sizes) == num
+        assert min(sizes) >= 2
+        assert max(sizes) <= max(3, batch_size)
+
+
+def test_logits_in_pieces_are_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(segment_len=6)
+    hidden = torch.randn(7, 32, dtype=torch.float64)
+    monkeypatch.setattr(base, "_HEAD_FLOATS", 2 * VOCAB + 1)
+    found = list(base.logits_in_pieces(model, hidden))
+    assert len(found) == 4
+    together = torch.cat([logits for _, logits in found])
+    assert torch.allclose(together, model.backbone.head(hidden), rtol=0, atol=1e-12)
+
+
+def test_every_task_names_settings_that_exist() -> None:
+    known = set(Material.__dataclass_fields__)
+    for task in TASKS.values():
+        assert task.settings <= known
+
+
+def test_the_opening_of_a_text_is_its_first_tokens() -> None:
+    held_out = text(30)
+    assert opening(held_out, 10).tolist() == held_out.tokens[:10].tolist()
+    assert opening(held_out, 99).tolist() == held_out.tokens.tolist()
+    assert recall.prose(opening(held_out, 5))(7, np.random.default_rng(0)).shape == (7,)
