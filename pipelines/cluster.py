@@ -38,7 +38,7 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 
     Raises InputError when the cluster named by RAY_ADDRESS does not answer or refuses our token.
     """
-    _quieten()
+    _configure_data()
     if ray.is_initialized():
         yield
         return
@@ -137,9 +137,10 @@ def _private_token() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _quieten() -> None:
-    """Progress bars only on a terminal; Ray's own remarks only when they warn."""
+def _configure_data() -> None:
+    """Progress bars only on a terminal, remarks only on errors; one long document or training step is no stall."""
     context = ray.data.DataContext.get_current()
+    context.execution_no_progress_timeout_s = -1
     if not sys.stderr.isatty():
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False

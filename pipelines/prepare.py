@@ -161,13 +161,10 @@ def _run(units: list[Unit]) -> list[UnitResult]:
 
 def _map(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
     """A Ray Data job over few, long items: one task each, results as they come."""
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_no_progress_timeout_s = -1  # one large file may take long
-    with ray.data.DataContext.current(context):
-        rows = [{"item": json.dumps(item)} for item in items]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for row in dataset.map(lambda row: {"item": json.dumps(function(json.loads(row["item"])))}).iter_rows():
-            yield json.loads(row["item"])
+    rows = [{"item": json.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for row in dataset.map(lambda row: {"item": json.dumps(function(json.loads(row["item"])))}).iter_rows():
+        yield json.loads(row["item"])
 
 
 def _write_unit(item: dict[str, Any]) -> dict[str, Any]:

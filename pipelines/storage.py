@@ -2,8 +2,9 @@
 
 S3 is reached through pyarrow with the usual environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_SESSION_TOKEN (or the machine's role), AWS_REGION, and AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store
-that is not Amazon's. Bytes are read and written as they are, never (de)compressed by a file's name. Nothing is ever seen half written: on disk a file gets its name by a rename when it is
-complete and flushed; on S3 an object appears when its upload ends.
+that is not Amazon's. Nothing is ever seen half written: on disk a file gets its name by a rename when it is
+complete and flushed; on S3 an object appears when its upload ends. Bytes are read and written as they are, never
+unpacked by a file's suffix.
 """
 
 import contextlib

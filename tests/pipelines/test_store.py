@@ -1,0 +1,136 @@
+"""The segment store reads back what was written, from any place, through row groups of bounded size."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import storage
+from pipelines.config import InputError
+from pipelines.data import store
+from pipelines.data.segment import cut
+from pipelines.data.store import DocumentEntry, PartWriter, SegmentStore
+from pipelines.data.tokenise import ByteTokenizer
+
+SEGMENT_LEN = 7
+NAME = store.part_name(0)
+
+
+def _write(directory: Path, documents: dict[str, np.ndarray]) -> list[DocumentEntry]:
+    entries = []
+    with PartWriter(directory / NAME) as writer:
+        for document_id, tokens in documents.items():
+            offset = writer.num_rows
+            for number, segment in enumerate(cut([tokens], SEGMENT_LEN)):
+                writer.add(document_id, number, segment)
+            num_segments = writer.num_rows - offset
+            entries.append(DocumentEntry(document_id, "x", 0, len(tokens), num_segments, NAME, offset, "0"))
+    return entries
+
+
+def _finish(directory: Path, entries: list[DocumentEntry]) -> SegmentStore:
+    store.write_manifest(str(directory), entries)
+    ByteTokenizer().save_pretrained(directory)
+    content = dict.fromkeys(store._IDENTITY, 0) | {"format": store.FORMAT, "segment_len": SEGMENT_LEN}
+    content["tokenizer_fingerprint"] = ByteTokenizer().fingerprint
+    storage.write_json(str(directory / store.STORE), content)
+    return SegmentStore(str(directory))
+
+
+@pytest.fixture
+def documents(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Of lengths around a segment's and a row group's."""
+    monkeypatch.setattr(store, "ROW_GROUP_TOKENS", 50)
+    random = np.random.default_rng(0)
+    return {f"d{n}": random.integers(0, 257, n).astype(np.int32) for n in (1, 6, 7, 8, 14, 49, 56, 300, 3)}
+
+
+def _check(opened: SegmentStore, documents: dict[str, np.ndarray]) -> None:
+    for entry in opened.manifest:
+        tokens = documents[entry.document_id]
+        for start in range(entry.num_segments + 1):
+            for stop in range(start, entry.num_segments + 1):
+                read = opened.read(entry, start, stop)
+                assert read.dtype == np.int32
+                assert np.array_equal(read, tokens[start * SEGMENT_LEN : stop * SEGMENT_LEN])
+
+
+def test_any_span_of_segments_is_read_back(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    assert [entry.document_id for entry in opened.manifest] == list(documents)
+    _check(opened, documents)
+    assert opened.load_tokenizer().fingerprint == opened.tokenizer_fingerprint
+
+
+def test_row_groups_are_bounded_and_columns_are_as_agreed(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    _write(tmp_path, documents)
+    file = pq.ParquetFile(tmp_path / NAME)
+    assert file.schema_arrow.equals(store.SEGMENTS_SCHEMA)
+    sizes = [file.read_row_group(group)["tokens"].combine_chunks() for group in range(file.num_row_groups)]
+    assert max(len(tokens.flatten()) for tokens in sizes) < 50 + SEGMENT_LEN
+    table = pq.read_table(tmp_path / NAME)
+    numbers = {document_id: [] for document_id in documents}
+    for document_id, number in zip(table["document_id"].to_pylist(), table["segment"].to_pylist(), strict=True):
+        numbers[document_id].append(number)
+    assert list(dict.fromkeys(table["document_id"].to_pylist())) == list(documents)
+    assert all(found == list(range(len(found))) for found in numbers.values())
+
+
+def test_what_is_read_may_be_changed(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    entry = opened.manifest[3]
+    opened.read(entry, 0, 1)[:] = -1
+    assert np.array_equal(opened.read(entry, 0, 1), documents[entry.document_id][:SEGMENT_LEN])
+
+
+def test_documents_can_be_taken_out(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    entries = _write(tmp_path, documents)
+    drop = {"d1", "d49", "d300"}
+    kept = store.without_documents(str(tmp_path / NAME), entries, drop)
+    assert [entry.document_id for entry in kept] == [name for name in documents if name not in drop]
+    _check(_finish(tmp_path, kept), documents)
+    assert store.without_documents(str(tmp_path / NAME), kept, set(documents)) == []
+    assert not (tmp_path / NAME).exists()
+
+
+def test_segments_that_do_not_exist_are_refused(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    for start, stop in ((-1, 1), (0, 9), (2, 1)):
+        with pytest.raises(IndexError):
+            opened.read(opened.manifest[3], start, stop)
+
+
+def test_many_files_need_few_open_ones(
+    tmp_path: Path, documents: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_OPEN_FILES", 1)
+    entries = _write(tmp_path, documents)
+    (tmp_path / "segments-00001.parquet").write_bytes((tmp_path / NAME).read_bytes())
+    others = [entry._replace(file="segments-00001.parquet") for entry in entries]
+    opened = _finish(tmp_path, entries + others)
+    for one, other in zip(entries, others, strict=True):
+        assert np.array_equal(opened.read(one, 0, 1), opened.read(other, 0, 1))
+    assert len(opened._parts) == 1
+
+
+def test_only_a_finished_store_opens(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a finished segment store"):
+        SegmentStore(str(tmp_path))
+    storage.write_json(str(tmp_path / store.STORE), {"format": 99})
+    with pytest.raises(InputError, match="format 99"):
+        SegmentStore(str(tmp_path))
+    (tmp_path / store.STORE).write_text("{")
+    with pytest.raises(InputError, match=r"store\.json"):
+        SegmentStore(str(tmp_path))
+
+
+def test_cutting_makes_full_segments_of_parts_of_any_size() -> None:
+    tokens = np.arange(100, dtype=np.int32)
+    for num_tokens in (0, 1, 6, 7, 8, 14, 100):
+        for size in (1, 3, 7, 20, 100):
+            parts = [tokens[start : min(start + size, num_tokens)] for start in range(0, num_tokens, size)]
+            segments = list(cut(parts, SEGMENT_LEN))
+            assert all(len(segment) == SEGMENT_LEN for segment in segments[:-1])
+            assert all(0 < len(segment) <= SEGMENT_LEN for segment in segments)
+            assert [token for segment in segments for token in segment] == list(range(num_tokens))
