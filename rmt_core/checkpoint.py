@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -92,13 +92,20 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Recurrent
         )
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{str(directory)!r} has no {WEIGHTS_FILE}; it is not a whole model")
-    model = build(ModelConfig(**saved["model"]))
-    _fill(model, folder / WEIGHTS_FILE)
+    try:
+        config = ModelConfig(**saved["model"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder / CONFIG_FILE)!r} is no model's configuration: {error}") from error
+    model = build(config)
+    try:
+        _fill(model, folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{str(folder / WEIGHTS_FILE)!r} is not a whole safetensors file: {error}") from error
     return model.to(device).eval()
 
 
 def _fill(model: RecurrentModel, file: Path) -> None:
-    """Copy the file's tensors into the model's; names and shapes must be the same."""
+    """Copy the file's tensors into the model's; names, shapes and types must be the same."""
     wanted = tensors_of(model)
     with safe_open(file, framework="pt") as saved, torch.no_grad():
         names = set(saved.keys())
@@ -111,6 +118,8 @@ def _fill(model: RecurrentModel, file: Path) -> None:
                 raise ValueError(
                     f"{str(file)!r}: {name} has shape {tuple(value.shape)}, the model needs {tuple(tensor.shape)}"
                 )
+            if value.dtype != tensor.dtype:
+                raise ValueError(f"{str(file)!r}: {name} has type {value.dtype}, the model needs {tensor.dtype}")
             tensor.copy_(value)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -59,14 +59,15 @@ class ModelConfig:
 
 
 # Of no meaning to the model, or naming the place it came from.
-_NOT_KEPT = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
+_NOT_KEPT = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "id2label", "label2id")
 
 
 def memory_settings(memory: Any) -> tuple[dict[str, Any], ...]:
     """The memories as dictionaries with all settings written out, defaults included; checked."""
     if isinstance(memory, str | Mapping):
         memory = [memory]
-    if not isinstance(memory, Sequence) or not memory:
+    known = isinstance(memory, Sequence) and all(isinstance(item, str | Mapping) for item in memory)
+    if not known or not memory:
         raise ValueError(f"memory is {memory!r}; give a kind, a dictionary with 'kind', or a list of such")
     found = tuple(_one(item) for item in memory)
     kinds = [item["kind"] for item in found]
@@ -79,13 +80,18 @@ def _one(item: Any) -> dict[str, Any]:
     settings = {"kind": item} if isinstance(item, str) else dict(item)
     kind = settings.pop("kind", None)
     if kind not in MEMORIES:
-        raise ValueError(f"memory kind is {kind!r}; allowed: {', '.join(MEMORIES)}")
+        raise ValueError(f"memory kind is {kind!r}; {_hint(kind, MEMORIES, 'allowed: ')}")
     fields = {field.name: field for field in dataclasses.fields(MEMORIES[kind].Config)}
     for name, value in settings.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields) or 'none'}"
-            raise ValueError(f"memory {kind!r} has no setting {name!r}; {hint}")
+            raise ValueError(f"memory {kind!r} has no setting {name!r}; {_hint(name, fields, 'it has ')}")
         if fields[name].type is int and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"memory.{name} is {value!r}; it must be a whole number")
     return {"kind": kind, **dataclasses.asdict(MEMORIES[kind].Config(**settings))}
+
+
+def _hint(name: object, known: Iterable[str], lead: str) -> str:
+    """The known name nearest to a wrong one, or `lead` and all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
+    return f"did you mean {near[0]!r}?" if near else lead + (", ".join(names) or "none")

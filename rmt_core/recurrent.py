@@ -87,10 +87,12 @@ class RecurrentModel(nn.Module):
             name = backbone.lm.config.model_type
             raise ValueError(f"a cache needs rotary positions; {name} has learned ones: use another memory or backbone")
         extra = memory.rows_before + memory.rows_after + memory.context_len
-        if self.config.segment_len + extra > backbone.max_positions:
+        room = backbone.max_positions - extra
+        if self.config.segment_len > room:
             raise ValueError(
                 f"segment_len {self.config.segment_len} + {extra} memory positions exceeds the backbone's "
-                f"{backbone.max_positions} positions; use at most {backbone.max_positions - extra}"
+                f"{backbone.max_positions} positions; use "
+                + (f"at most {room}" if room > 0 else "a smaller memory, which leaves no room for text")
             )
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -119,39 +120,34 @@ def to_bytes(state: State, fingerprint: str) -> bytes:
             return {key: shape_of(part[key]) for key in part}
         raise TypeError(f"a state holds tensors, tuples and dictionaries, not {type(part).__name__}")
 
-    tree = json.dumps(shape_of(state))
-    return save_tensors(tensors, metadata={"format": FORMAT, "fingerprint": fingerprint, "tree": tree})
+    about = {"format": FORMAT, "fingerprint": fingerprint, "tree": shape_of(state)}
+    return save_tensors(tensors, metadata={"state": json.dumps(about)})  # one entry: several have no fixed order
 
 
 def from_bytes(data: bytes, fingerprint: str) -> State:
     """The state written by `to_bytes`; a ValueError when the bytes are no state or another model's."""
-    header = _metadata(data)
-    if header.get("format") != FORMAT:
-        raise ValueError(f"state format is {header.get('format')!r}; this version reads {FORMAT!r}")
-    if header.get("fingerprint") != fingerprint:
+    try:
+        tensors = load_tensors(data)
+        size = int.from_bytes(data[:8], "little")  # of the header, JSON, that follows
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        about = json.loads(metadata.get("state", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"not a state: {len(data)} bytes that are no whole safetensors file ({error})") from error
+    found = {key: about.get(key) if isinstance(about, dict) else None for key in ("format", "fingerprint", "tree")}
+    if found["format"] != FORMAT:
+        raise ValueError(f"state format is {found['format']!r}; this version reads {FORMAT!r}")
+    if found["fingerprint"] != fingerprint:
         raise ValueError(
-            f"the state belongs to model {header.get('fingerprint')!r}, not to {fingerprint!r}; load it with that model"
+            f"the state belongs to model {found['fingerprint']!r}, not to {fingerprint!r}; load it with that model"
         )
-    tensors = load_tensors(data)
 
     def build(part: Any) -> State:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in tensors:
             return tensors[part]
         if isinstance(part, list):
             return tuple(build(item) for item in part)
-        return {key: build(item) for key, item in part.items()}
+        if isinstance(part, dict):
+            return {key: build(item) for key, item in part.items()}
+        raise ValueError(f"not a state: its tree names {part!r}, which is not in the file")
 
-    return build(json.loads(header["tree"]))
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The text entries of a safetensors header (8 bytes of length, then JSON)."""
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8:
-        raise ValueError(f"not a state: {len(data)} bytes that are no safetensors file")
-    try:
-        header = json.loads(data[8 : 8 + size])
-    except ValueError as error:
-        raise ValueError("not a state: the safetensors header is not JSON") from error
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    return metadata if isinstance(metadata, dict) else {}
+    return build(found["tree"])

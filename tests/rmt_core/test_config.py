@@ -1,0 +1,107 @@
+"""Configurations: what is refused, and with which words."""
+
+import json
+from typing import Any
+
+import pytest
+
+import rmt_core
+from rmt_core import ModelConfig
+
+from .tiny import MEMORIES, tiny_config, tiny_model
+
+
+def config(**settings: Any) -> ModelConfig:
+    return ModelConfig(**{"backbone": tiny_config(), "segment_len": 8, **settings})
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ("rmtt", "memory kind is 'rmtt'; did you mean 'rmt'"),
+        ("zzz", "memory kind is 'zzz'; allowed: none, rmt, xl"),
+        ({"num_tokens": 3}, "memory kind is None; allowed: none, rmt, xl"),
+        ({"kind": "rmt", "num_tokns": 3}, "memory 'rmt' has no setting 'num_tokns'; did you mean 'num_tokens'"),
+        ({"kind": "xl", "zzz": 3}, "memory 'xl' has no setting 'zzz'; it has cache_len"),
+        ({"kind": "none", "zzz": 3}, "memory 'none' has no setting 'zzz'; it has none"),
+        ({"kind": "rmt", "num_tokens": "3"}, "memory.num_tokens is '3'; it must be a whole number"),
+        ({"kind": "rmt", "num_tokens": 0}, "memory.num_tokens is 0; it must be at least 1"),
+        ([], "memory is \\[\\]; give a kind"),
+        (None, "memory is None; give a kind"),
+        (7, "memory is 7; give a kind"),
+        ([7], "memory is \\[7\\]; give a kind"),
+        (["rmt", "rmt"], "cannot be combined; name each kind once"),
+        (["none", "rmt"], "cannot be combined; .* 'none' alone"),
+        (["xl", {"kind": "xl", "cache_len": 4}], "cannot be combined"),
+    ],
+)
+def test_a_memory_that_cannot_be_is_refused(memory: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(memory=memory)
+
+
+@pytest.mark.parametrize("segment_len", [0, -1, 2.0, "8", True])
+def test_a_segment_length_that_is_none_is_refused(segment_len: Any) -> None:
+    with pytest.raises(ValueError, match="segment_len is .*; it must be a whole number of tokens, at least 1"):
+        config(segment_len=segment_len)
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype is 'float8'; allowed: float32, bfloat16, float16, float64"):
+        config(dtype="float8")
+
+
+def test_settings_are_written_out() -> None:
+    assert config(memory="rmt").memory == ({"kind": "rmt", "num_tokens": 8},)
+    assert config(memory=["xl", {"kind": "rmt", "num_tokens": 2}]).memory == (
+        {"kind": "xl", "cache_len": 128},
+        {"kind": "rmt", "num_tokens": 2},
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "extra"),
+    [
+        ("none", 0),
+        ({"kind": "rmt", "num_tokens": 16}, 32),
+        ({"kind": "xl", "cache_len": 20}, 20),
+        ([{"kind": "xl", "cache_len": 20}, {"kind": "rmt", "num_tokens": 8}], 36),
+    ],
+)
+def test_too_long_a_segment_is_refused_with_the_arithmetic(memory: Any, extra: int) -> None:
+    tiny_model(memory, segment_len=64 - extra)
+    message = (
+        rf"segment_len {65 - extra} \+ {extra} memory positions exceeds the backbone's 64 positions; "
+        rf"use at most {64 - extra}"
+    )
+    with pytest.raises(ValueError, match=message):
+        tiny_model(memory, segment_len=65 - extra)
+
+
+def test_a_memory_that_leaves_no_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="exceeds the backbone's 64 positions; use a smaller memory"):
+        tiny_model({"kind": "xl", "cache_len": 64}, segment_len=1)
+
+
+def test_a_configuration_and_keywords_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="not both: segment_len"):
+        rmt_core.build(config(), segment_len=8)
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_a_configuration_survives_json(memory: Any) -> None:
+    first = config(memory=memory, dtype="float64")
+    written = json.loads(json.dumps(first.to_json()))
+    again = ModelConfig(**written)
+    assert again.to_json() == first.to_json() == written
+    assert again.memory == first.memory
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        config().segment_len = 9  # type: ignore[misc]
+
+
+def test_memories_are_named_in_one_table() -> None:
+    assert list(rmt_core.MEMORIES) == ["none", "rmt", "xl"]
+    assert all(issubclass(kind, rmt_core.memory.Memory) for kind in rmt_core.MEMORIES.values())
