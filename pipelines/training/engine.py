@@ -62,6 +62,8 @@ def start_engine(model: rmt_core.RecurrentModel, config: TrainConfig, world_size
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed would compile its shared-memory all-reduce at the start on CPUs; only its inference calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),
         lr=config.optimizer.learning_rate,

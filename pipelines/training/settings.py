@@ -76,7 +76,7 @@ class CurriculumSettings(Config):
     def _check(self) -> "CurriculumSettings":
         if len(self.num_segments) != len(self.steps):
             raise ValueError(
-                f"num_segments has {len(self.num_segments)} stages and steps has {len(self.steps)}: give one of each a stage"
+                f"num_segments names {len(self.num_segments)} stages, steps {len(self.steps)}; give one of each a stage"
             )
         if min(self.num_segments) < 1 or min(self.steps) < 1:
             raise ValueError("num_segments and steps must all be at least 1")
@@ -88,7 +88,7 @@ class GradientSettings(Config):
 
     mode: Literal["full", "truncated", "checkpoint"] = Field(
         default="full",
-        description="full; truncated: at most bptt_segments back; checkpoint: full at one segment's activations",
+        description="truncated: at most bptt_segments back; checkpoint: full, at less memory",
     )
     bptt_segments: int | None = Field(
         default=None, ge=1, description="with mode truncated: segments a gradient may cross"
