@@ -3,7 +3,8 @@
 Three cases: a Ray that this process is already connected to is used and left alone; inside a submitted job, or
 with RAY_ADDRESS set, that cluster is joined; otherwise a private Ray is started on this machine and stopped at
 the end. The private one is guarded by a token that lives in this process only: nothing is written to
-`~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected.
+`~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected. What its workers print goes to Ray's log files, and with RMT_SHOW_WORKERS=1
+also to stderr; a worker's exception reaches the caller in either case.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from pipelines.config import InputError
 
 _ROOT = Path(__file__).resolve().parents[1]
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a submitted job
+_SHOW_WORKERS = "RMT_SHOW_WORKERS"  # 1: what the workers of a private Ray print appears here too
 _ANSWER_S = 5.0  # how long a cluster may take to accept a connection
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -57,6 +59,7 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
                 include_dashboard=False,
                 configure_logging=True,
                 logging_level=logging.WARNING,
+                log_to_driver=os.environ.get(_SHOW_WORKERS) == "1",
                 runtime_env=_runtime_env(for_cluster=False),
             )
         try:
