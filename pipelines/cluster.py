@@ -3,7 +3,8 @@
 Three cases: a Ray that this process is already connected to is used and left alone; inside a submitted job, or
 with RAY_ADDRESS set, that cluster is joined; otherwise a private Ray is started on this machine and stopped at
 the end. The private one is guarded by a token that lives in this process only: nothing is written to
-`~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected. What its workers print goes to Ray's log files, and with RMT_SHOW_WORKERS=1
+`~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected. What its
+workers print goes to Ray's log files, and with RMT_SHOW_WORKERS=1
 also to stderr; a worker's exception reaches the caller in either case.
 """
 
