@@ -78,10 +78,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         _refuse_other_use(output, content, config, tokenizer, files)
         log.info("%s is already made from this input with these settings: nothing to do", output)
     else:
-        _begin(output, config, tokenizer)
+        left = _left_by_interrupted_run(output)
         units = _units(files, output, config.segment_len, tokenizer)
         log.info("reading %d files as %d work units", len(files), len(units))
         with connect(config.num_cpus):
+            _begin(output, config, tokenizer, left)
             results = _drop_later_duplicates(output, _run(units))
         content = _finish(output, config, tokenizer, results)
     return _summary(output, content, strict=config.strict)
@@ -114,21 +115,26 @@ def _refuse_other_use(
         )
 
 
-def _begin(output: str, config: PrepareConfig, tokenizer: Tokenizer) -> None:
-    """Clears what an interrupted run left, says that a store is being made, and puts the tokenizer there."""
+def _left_by_interrupted_run(output: str) -> list[str]:
+    """The names of files to clear away; InputError where the output holds anything that is not ours."""
     if storage.exists(output) and not storage.is_directory(output):
         raise InputError(f"{output} is a file; --output needs a directory")
     names = storage.list_names(output)
-    left = [name for name in names if not _TEMPORARY_NAMES.fullmatch(name)]
-    foreign = [name for name in left if not _OWN_NAMES.fullmatch(name)]
-    if foreign or (left and store.PARTIAL not in left):
+    whole = [name for name in names if not _TEMPORARY_NAMES.fullmatch(name)]
+    foreign = [name for name in whole if not _OWN_NAMES.fullmatch(name)]
+    if foreign or (whole and store.PARTIAL not in whole):
         raise InputError(
-            f"{output} is not empty and no segment store (it holds {(foreign or left)[0]}); give another --output"
+            f"{output} is not empty and no segment store (it holds {(foreign or whole)[0]}); give another --output"
         )
-    if names:
+    return names
+
+
+def _begin(output: str, config: PrepareConfig, tokenizer: Tokenizer, left: list[str]) -> None:
+    """Says that a store is being made, clears what an interrupted run left, and puts the tokenizer there."""
+    if left:
         log.info("%s holds an interrupted run: it is done again", output)
-    storage.write_json(storage.join(output, store.PARTIAL), config.model_dump(mode="json"))
-    for name in names:
+    storage.write_json(storage.join(output, store.PARTIAL), _saved(config))
+    for name in left:
         if name != store.PARTIAL:
             storage.delete(storage.join(output, name))
     with tempfile.TemporaryDirectory(prefix="rmt-") as directory:
@@ -232,11 +238,16 @@ def _finish(output: str, config: PrepareConfig, tokenizer: Tokenizer, results: l
         "num_files": len(files),
         "num_errors": len(errors),
         "errors": dict(sorted(Counter(error.kind for error in errors).items())),
-        "config": config.model_dump(mode="json"),
+        "config": _saved(config),
     }
     storage.write_json(storage.join(output, store.STORE), content)
     storage.delete(storage.join(output, store.PARTIAL))
     return content
+
+
+def _saved(config: PrepareConfig) -> dict[str, Any]:
+    """The configuration but for how many cores did it, which must not show in what is made."""
+    return config.model_dump(mode="json", exclude={"num_cpus"})
 
 
 def _summary(output: str, content: dict[str, Any], *, strict: bool) -> dict[str, Any]:
