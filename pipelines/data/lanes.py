@@ -28,7 +28,7 @@ class Window(NamedTuple):
     weights: np.ndarray  # (R, K, T) float32 of the labels in the loss
     lengths: np.ndarray  # (R, K) int64 real tokens
     reset: np.ndarray  # (R, K) bool, a document begins here
-    index: np.ndarray  # (R, K) int64, the segment's number in its document
+    segment_index: np.ndarray  # (R, K) int64, the segment's number in its document
     is_answer: np.ndarray  # (R, K, T) bool, the label is the answer to a planted question
 
 
@@ -128,7 +128,7 @@ class DocumentLane:
                 window.labels[row, filled + i, :size] = labels[part]
                 window.weights[row, filled + i, :size] = 1
                 window.lengths[row, filled + i] = size
-                window.index[row, filled + i] = self.cursor.segment + i
+                window.segment_index[row, filled + i] = self.cursor.segment + i
             window.reset[row, filled] = self.cursor.segment == 0
             filled += count
             at = self.cursor.segment + count
@@ -187,7 +187,7 @@ class RecallLane:
         flat["weights"][question - 1 : size - 1] = self.source.answer_weight
         flat["is_answer"][question - 1 : size - 1] = True
         window.lengths[row] = np.clip(size - segment_len * np.arange(num_segments), 0, segment_len)
-        window.index[row] = np.arange(num_segments)
+        window.segment_index[row] = np.arange(num_segments)
         window.reset[row, 0] = True
 
 
@@ -263,7 +263,7 @@ class Lanes:
             weights=np.zeros(shape, dtype=np.float32),
             lengths=np.zeros(shape[:2], dtype=np.int64),
             reset=np.zeros(shape[:2], dtype=bool),
-            index=np.zeros(shape[:2], dtype=np.int64),
+            segment_index=np.zeros(shape[:2], dtype=np.int64),
             is_answer=np.zeros(shape, dtype=bool),
         )
         for row, lane in enumerate(self.lanes):

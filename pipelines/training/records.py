@@ -40,7 +40,7 @@ class Sums:
         """A window with the nats (R, K, T) of its labels."""
         nats = nats.detach().double().cpu()
         asked = torch.from_numpy(window.labels != rmt_core.IGNORED)
-        index = torch.from_numpy(window.index).clamp(max=INDICES - 1).flatten()
+        index = torch.from_numpy(window.segment_index).clamp(max=INDICES - 1).flatten()
         self.by_index[0].index_add_(0, index, nats.sum(-1).flatten())
         self.by_index[1].index_add_(0, index, asked.sum(-1).flatten().double())
         answers = torch.from_numpy(window.is_answer)
