@@ -21,7 +21,6 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import time
@@ -29,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pydantic
 import ray
@@ -157,14 +157,12 @@ def _check_writable(output: str) -> None:
     if storage.is_s3(output):
         files, path = storage.filesystem(output)
         bucket = path.split("/")[0]
-        if files.get_file_info(bucket).type == pa.fs.FileType.NotFound:
-            raise InputError(f"output {output}: there is no bucket {bucket}")
+        if files.get_file_info(bucket).type == pyarrow.fs.FileType.NotFound:
+            raise OSError(f"there is no bucket {bucket}")
         return
     parent = next(parent for parent in Path(output).parents if parent.exists())
-    if not parent.is_dir():
-        raise InputError(f"{parent} is a file; --output needs a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent} is not writable; give another --output")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".rmt-"):
+        pass
 
 
 # --- the work ---------------------------------------------------------------------------------------

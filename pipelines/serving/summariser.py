@@ -60,7 +60,10 @@ def load(uri: str, device: str = "cpu") -> Loaded:
             model = rmt_core.load(directory, device)
         except Exception as error:  # a damaged file raises whatever its library likes
             raise InputError(f"model {uri} cannot be loaded: {error}") from error
-        tokenizer = load_tokenizer(str(directory))
+        try:
+            tokenizer = load_tokenizer(str(directory))
+        except InputError as error:
+            raise InputError(f"model {uri} needs its tokenizer beside it: {error}") from error
     vocab_size = model.backbone.lm.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
