@@ -31,6 +31,8 @@ def measure(run: Run, material: Material) -> list[Figure]:
 
 def load(uri: str, device: str = "cpu") -> tuple[RecurrentModel, Tokenizer]:
     """A model and the tokenizer saved with it; InputError where they cannot be read or do not fit."""
+    if not storage.is_directory(uri):
+        raise InputError(f"--model {uri}: there is no such directory; give one written by train or rmt_core.save")
     with storage.local_directory(uri) as directory:
         try:
             model = rmt_core.load(directory, device)

@@ -1,0 +1,272 @@
+"""Measure a model with memory: each task at each length, with its memory and without.
+
+    python pipelines/evaluate.py --model DIR --task perplexity,recall --lengths 4k,64k,1m --output DIR
+
+Every figure is measured with the true memory, with a zeroed one and with another row's. The output holds
+metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
+nothing; another model or other settings on the same output are refused.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import difflib
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+import ray
+
+import rmt_core
+from pipelines import storage
+from pipelines.cluster import connect
+from pipelines.config import Config, Count, InputError, canonical_json, run_job, split_commas
+from pipelines.tasks import TASKS, report
+from pipelines.tasks.base import Figure, Material
+from pipelines.tasks.held_out import open_held_out
+from pipelines.tasks.report import Subject, short_length
+from pipelines.tasks.running import Run, load, measure
+
+log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evaluate")
+
+FORMAT = "rmt-evaluation-1"
+METRICS, TABLE, PLOT, CONFIG, PARTIAL = (
+    "metrics.jsonl",
+    "results.md",
+    "results.png",
+    "config.json",
+    "config.partial.json",
+)
+_OWN_NAME = re.compile(r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json)(\.[0-9a-f]{8}\.tmp)?")
+_NOT_IDENTITY = {"model", "data", "output", "num_cpus"}  # places, and what does not change a figure
+
+
+class EvaluateConfig(Config):
+    model: str = pydantic.Field(description="directory of a trained model, on disk or s3://")
+    output: str = pydantic.Field(description="directory of the results, on disk or s3://")
+    task: Annotated[list[str], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
+        ["perplexity", "recall"], min_length=1, description=f"what to measure: {', '.join(TASKS)}"
+    )
+    lengths: Annotated[list[Count], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
+        [4096], min_length=1, description="lengths of the texts in tokens (4k, 64k, 1m)"
+    )
+    data: str | None = pydantic.Field(
+        None,
+        description="held-out text: a segment store or a UTF-8 text file, on disk or s3:// (none: the embedded book)",
+    )
+    background: Literal["prose", "noise"] = pydantic.Field(
+        "prose", description="text around a fact: prose (of the held-out text) or noise (random letters)"
+    )
+    num_samples: Count = pydantic.Field(32, ge=1, description="questions a length")
+    batch_size: int = pydantic.Field(8, ge=2, description="rows read at once; two or more, to shuffle memories")
+    limit_segments: Count | None = pydantic.Field(
+        None, ge=1, description="segments of held-out text read a length, all rows together (none: all)"
+    )
+    seed: int = pydantic.Field(0, ge=0, description="seed of the questions")
+    device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where models run: cpu or cuda")
+    num_cpus: int | None = pydantic.Field(
+        None, ge=1, description="cores for the Ray that is started here (none: all); the result is the same"
+    )
+
+    @pydantic.field_validator("task")
+    @classmethod
+    def _known(cls, tasks: list[str]) -> list[str]:
+        for task in tasks:
+            if task not in TASKS:
+                near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TASKS)}"
+                raise ValueError(f"there is no task {task!r}; {hint}")
+        return tasks
+
+    @pydantic.field_validator("task", "lengths")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{value} is given more than once")
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_ignored(self) -> "EvaluateConfig":
+        fields = {"data": "held_out", "background": "background", "num_samples": "num_samples"}
+        read = frozenset().union(*(TASKS[task].settings for task in self.task))
+        for field, setting in {**fields, "limit_segments": "limit_segments"}.items():
+            if field in self.model_fields_set and setting not in read:
+                raise ValueError(f"--{field.replace('_', '-')} is not read by {', '.join(self.task)}; leave it out")
+        if self.data is not None and self.background == "noise" and "limit_segments" not in read:
+            raise ValueError(f"--data is not read by {', '.join(self.task)} in noise; leave it out")
+        return self
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    assert __doc__
+    return run_job(evaluate, EvaluateConfig, argv, prog="evaluate", description=__doc__.splitlines()[0])
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measures, or finds measured; the figures of whole lengths. Raises InputError."""
+    output, model_uri = storage.absolute(config.output), storage.absolute(config.model)
+    subject, material, identity = _inspect(config, model_uri)
+    if _is_finished(output, identity):
+        log.info("%s is already measured with these settings: nothing to do", output)
+        lines = [json.loads(line) for line in storage.read_bytes(storage.join(output, METRICS)).splitlines()]
+        return _summary(output, lines)
+    storage.write_json(storage.join(output, PARTIAL), identity)
+    runs = [Run(task, length, model_uri, config.device) for task in config.task for length in config.lengths]
+    with connect(config.num_cpus):
+        figures = _measure(runs, material)
+    lines = [_line(run, figure, subject) for run in runs for figure in figures[run]]
+    content = {"format": FORMAT, "identity": identity, "config": config.model_dump(mode="json")}
+    for name, data in (
+        (METRICS, "".join(canonical_json(line) + "\n" for line in lines).encode()),
+        (TABLE, report.markdown(subject, lines).encode()),
+        (PLOT, report.plot(subject, lines)),
+    ):
+        storage.write_bytes(storage.join(output, name), data)
+    storage.write_json(storage.join(output, CONFIG), {**content, "model": subject._asdict()})
+    storage.delete(storage.join(output, PARTIAL))
+    log.info("results in %s", storage.join(output, TABLE))
+    return _summary(output, lines)
+
+
+def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material, dict[str, Any]]:
+    """What is evaluated, with what, and all that decides the figures. Everything that can be refused is."""
+    model, tokenizer = load(model_uri)
+    held_out = open_held_out(config.data, tokenizer)
+    fields = ("background", "num_samples", "batch_size", "limit_segments", "seed")
+    material = Material(tokenizer, held_out, **{name: getattr(config, name) for name in fields})
+    for task in config.task:
+        for length in config.lengths:
+            TASKS[task].check(length, model.segment_len, material)
+    num_tokens = sum(held_out.num_tokens)
+    subject = Subject(
+        name=model_uri.rpartition("/")[2],
+        fingerprint=rmt_core.fingerprint(model),
+        memory=" with ".join(_in_words(settings) for settings in model.config.memory),
+        segment_len=model.segment_len,
+        state_floats=rmt_core.state.num_floats(model.init_state(1)),
+        held_out=f"{held_out.name}, {num_tokens:,} tokens, {_counted(len(held_out.num_tokens), 'document')}",
+        seed=config.seed,
+    )
+    identity = {
+        **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        "model": subject.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "held_out": held_out.fingerprint,
+    }
+    return subject, material, identity
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    rest = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind")
+    return f"{settings['kind']} ({rest})" if rest else str(settings["kind"])
+
+
+def _counted(num: int, noun: str) -> str:
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
+
+
+def _is_finished(output: str, identity: dict[str, Any]) -> bool:
+    """Whether just this has been measured there; InputError where the directory holds anything else."""
+    if storage.exists(output) and not storage.is_directory(output):
+        raise InputError(f"{output} is a file; --output needs a directory")
+    names = storage.list_names(output)
+    foreign = [name for name in names if not _OWN_NAME.fullmatch(name)]
+    content = _read_config(output) if CONFIG in names and not foreign else None
+    if foreign or content == {}:
+        shown = foreign[0] if foreign else f"another {CONFIG}"
+        raise InputError(f"{output} is not empty and no evaluation (it holds {shown}); give another --output")
+    if content is None:
+        return False
+    there = content["identity"]
+    differences = [
+        f"{name} {_shown(there.get(name))} there, {_shown(identity.get(name))} asked for"
+        for name in {**there, **identity}
+        if there.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{output} is a finished evaluation made otherwise: {'; '.join(differences)}; give another --output or "
+            "delete it"
+        )
+    return True
+
+
+def _read_config(output: str) -> dict[str, Any]:
+    """The config.json of a finished evaluation; nothing where it is another program's."""
+    try:
+        content = storage.read_json(storage.join(output, CONFIG))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return value[:16] if isinstance(value, str) else str(value)
+
+
+# --- the work ---------------------------------------------------------------------------------------
+
+
+def _measure(runs: Sequence[Run], material: Material) -> dict[Run, list[Figure]]:
+    """The figures of each run, one Ray task each, the longest first."""
+    num_gpus = 1 if runs[0].device == "cuda" else 0
+    if num_gpus > ray.cluster_resources().get("GPU", 0):
+        raise InputError("--device cuda: there is no GPU here; use --device cpu, or a cluster that has one")
+    remote, shared = ray.remote(num_cpus=1, num_gpus=num_gpus)(measure), ray.put(material)
+    waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
+    log.info("measuring %s", ", ".join(f"{run.task} at {short_length(run.length)}" for run in runs))
+    found: dict[Run, list[Figure]] = {}
+    began = time.monotonic()
+    try:
+        while len(found) < len(runs):
+            (done,), _ = ray.wait([ref for ref, run in waiting.items() if run not in found])
+            run = waiting[done]
+            found[run] = ray.get(done)
+            log.info(
+                "%d of %d: %s (%.0f s)", len(found), len(runs), _headline(run, found[run]), time.monotonic() - began
+            )
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from error
+        raise
+    finally:
+        for ref, run in waiting.items():
+            if run not in found:
+                ray.cancel(ref)
+    return found
+
+
+def _headline(run: Run, figures: Sequence[Figure]) -> str:
+    metric = figures[0].metric
+    values = [f"{figure.memory} {figure.value:.4f}" for figure in figures if figure.metric == metric]
+    return f"{run.task} at {short_length(run.length)}: {metric} {', '.join(values)}"
+
+
+def _line(run: Run, figure: Figure, subject: Subject) -> dict[str, Any]:
+    """A figure as a line of metrics.jsonl; a value that is no number, as a diverged model gives, is null."""
+    told = {name: value for name, value in figure._asdict().items() if value is not None}
+    value = figure.value if math.isfinite(figure.value) else None
+    about = {"seed": subject.seed, "state_floats": subject.state_floats}
+    return {"task": run.task, "length": run.length, **told, "value": value, **about}
+
+
+def _summary(output: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    whole = [line for line in lines if "segment" not in line]
+    return {"output": output, "metrics": whole, **{
+        key: storage.join(output, name) for key, name in (("table", TABLE), ("plot", PLOT))
+    }}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Figures as a Markdown table and as a plot.
+
+A line is a figure as metrics.jsonl has it: `task, length, metric, value` and whichever of Figure's other fields apply.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from pipelines.tasks.base import MEMORIES
+
+Line = Mapping[str, Any]
+
+UNITS = {"loss": "nats per token", "loss_by_segment": "nats per token"}
+ABOUT = {
+    "true": "the state carried from segment to segment",
+    "zeroed": "zeros instead of it before every segment",
+    "shuffled": "the state of the neighbouring row, which has read as much of another text",
+}
+_STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-blind readers tell apart
+    "true": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "zeroed": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+}
+_MAX_POINTS = 128  # of a curve; more segments are averaged
+
+
+class Subject(NamedTuple):
+    """What was evaluated, on what."""
+
+    name: str  # of the model
+    fingerprint: str
+    memory: str  # in words
+    segment_len: int
+    state_floats: int
+    held_out: str  # in words
+    seed: int
+
+
+def short_length(length: int) -> str:
+    """4096 as 4k, 1048576 as 1m; others as they are."""
+    for unit, letter in ((1024**2, "m"), (1024, "k")):
+        if length % unit == 0:
+            return f"{length // unit}{letter}"
+    return str(length)
+
+
+# --- Markdown ---------------------------------------------------------------------------------------
+
+
+def markdown(subject: Subject, lines: Sequence[Line]) -> str:
+    """The whole report."""
+    parts = [
+        f"# Evaluation of {subject.name}",
+        f"Model `{subject.fingerprint[:16]}`: memory {subject.memory}; segments of {subject.segment_len:,} tokens; "
+        f"the state is {subject.state_floats:,} floats, whatever the length.\n"
+        f"Held-out text: {subject.held_out}. Seed {subject.seed}.",
+        "\n".join(f"- **{memory}** memory: {ABOUT[memory]}" for memory in MEMORIES),
+    ]
+    for task in _distinct(lines, "task"):
+        mine = [line for line in lines if line["task"] == task]
+        parts.append(f"## {task}")
+        for metric in _distinct(mine, "metric"):
+            chosen = [line for line in mine if line["metric"] == metric]
+            curves = any("segment" in line for line in chosen)
+            parts.extend(_curve_tables(metric, chosen) if curves else [_table(metric, chosen)])
+        parts.extend(_notes(mine))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(metric: str, lines: Sequence[Line]) -> str:
+    """A row a length, a column a memory; samples and chance where they apply."""
+    extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
+    rows = []
+    for length in _distinct(lines, "length"):
+        found = {line["memory"]: line for line in lines if line["length"] == length}
+        first = next(iter(found.values()))
+        mark = "*" if first.get("needs_memory") is False else ""
+        beside = [_number(first.get(name)) for name in extra]
+        rows.append([f"{length:,}{mark}", *beside, *(_cell(found.get(memory)) for memory in MEMORIES)])
+    heads = ["tokens", *("samples" if name == "num_samples" else name for name in extra), *MEMORIES]
+    return _titled(metric, heads, rows)
+
+
+def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
+    """For each length the means over segments 0, 1, 2-3, 4-7, ... by memory."""
+    tables = []
+    for length in _distinct(lines, "length"):
+        curves = {memory: _curve(lines, length, memory) for memory in MEMORIES}
+        size = max(len(curve) for curve in curves.values())
+        starts = [0, *(2**i for i in range(size.bit_length()) if 2**i < size)]
+        rows = []
+        for start, end in zip(starts, [*starts[1:], size], strict=True):
+            means = [_number(_mean(curve[start:end]) if curve else None) for curve in curves.values()]
+            rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *means])
+        tables.append(_titled(f"{metric} at {length:,} tokens", ["segment", *MEMORIES], rows, UNITS.get(metric)))
+    return tables
+
+
+def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], unit: str | None = None) -> str:
+    unit = unit or UNITS.get(title)
+    table = [heads, ["---:"] * len(heads), *rows]
+    written = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return f"### {title.replace('_', ' ')}{f' ({unit})' if unit else ''}\n\n{written}"
+
+
+def _notes(lines: Sequence[Line]) -> list[str]:
+    notes = []
+    if any("low" in line for line in lines):
+        notes.append("In brackets: the 95 % Wilson interval.")
+    if any("chance" in line and line["memory"] == "shuffled" for line in lines):
+        notes.append(
+            "A shuffled memory knows another sample's answer, which by chance is the right one too: a model that "
+            "uses its memory comes out near chance here."
+        )
+    if any(line.get("needs_memory") is False for line in lines):
+        notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
+    measured = [{line["memory"] for line in lines if line["length"] == length} for length in _distinct(lines, "length")]
+    if any(memories != set(MEMORIES) for memories in measured):
+        notes.append("A dash: a single row has no neighbour to be shuffled with.")
+    return notes
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    value = "nan" if line["value"] is None else _number(line["value"])
+    return f"{value} [{_number(line['low'])}, {_number(line['high'])}]" if "low" in line else value
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _distinct(lines: Iterable[Line], name: str) -> list[Any]:
+    return list(dict.fromkeys(line[name] for line in lines))
+
+
+def _curve(lines: Iterable[Line], length: int, memory: str) -> list[tuple[float, int]]:
+    """(value, tokens) by segment."""
+    chosen = [line for line in lines if line["length"] == length and line["memory"] == memory]
+    values = [(line["value"], line["num_tokens"]) for line in sorted(chosen, key=lambda line: line["segment"])]
+    return [(math.nan if value is None else value, num) for value, num in values]
+
+
+def _mean(points: Sequence[tuple[float, int]]) -> float:
+    """The mean over all tokens of points (value, tokens), of which there is at least one."""
+    return sum(value * num for value, num in points) / sum(num for _, num in points)
+
+
+# --- the plot ---------------------------------------------------------------------------------------
+
+
+def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
+    """A PNG: loss by segment index at the longest length that was measured, and the accuracy of each task by length."""
+    curves = [line for line in lines if line["metric"] == "loss_by_segment"]
+    questions = _distinct([line for line in lines if line["metric"] == "accuracy"], "task")
+    num_panels = bool(curves) + len(questions)
+    drawing = Drawing(figsize=(6.4 * num_panels, 5.0), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = list(drawing.subplots(1, num_panels, squeeze=False)[0])
+    if curves:
+        _plot_curves(panels.pop(0), curves, subject)
+    for panel, task in zip(panels, questions, strict=True):
+        _plot_accuracy(panel, task, [line for line in lines if line["task"] == task and line["metric"] == "accuracy"])
+    drawing.suptitle(
+        f"{subject.name}: memory {subject.memory}, state of {subject.state_floats:,} floats, "
+        f"segments of {subject.segment_len:,} tokens",
+        fontsize=10,
+        wrap=True,
+    )
+    out = io.BytesIO()
+    drawing.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
+    length = max(_distinct(lines, "length"))
+    each = 1
+    for memory in MEMORIES:
+        curve = _curve(lines, length, memory)
+        if not curve:
+            continue
+        each = -(-len(curve) // _MAX_POINTS)
+        starts = range(0, len(curve), each)
+        x = [start + (len(curve[start : start + each]) - 1) / 2 for start in starts]
+        y = [_mean(curve[start : start + each]) for start in starts]
+        panel.plot(x, y, label=memory, markersize=4 if len(x) <= 32 else 0, **_STYLES[memory])
+    averaged = f", means of {each}" if each > 1 else ""
+    panel.set_xlabel(f"segment index (segments of {subject.segment_len:,} tokens{averaged})")
+    panel.set_ylabel("loss (nats per token)")
+    panel.set_title(f"perplexity: held-out loss by segment, texts of {length:,} tokens", fontsize=10)
+    panel.grid(alpha=0.3)
+    panel.legend(title="memory")
+
+
+def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line]) -> None:
+    lengths = sorted(_distinct(lines, "length"))
+    for shift, memory in zip((1.0, 0.97, 1.03), MEMORIES, strict=True):  # apart, so that intervals can be read
+        chosen = sorted((line for line in lines if line["memory"] == memory), key=lambda line: line["length"])
+        if not chosen:
+            continue
+        x = [line["length"] * shift for line in chosen]
+        y = [line["value"] for line in chosen]
+        below = [line["value"] - line["low"] for line in chosen]
+        above = [line["high"] - line["value"] for line in chosen]
+        panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, markersize=5, **_STYLES[memory])
+    panel.axhline(lines[0]["chance"], color="grey", linestyle=":", label=f"chance ({lines[0]['chance']:.3g})")
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(FixedLocator(lengths))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticklabels([short_length(length) for length in lengths])
+    panel.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
+    panel.set_ylim(-0.03, 1.03)
+    panel.set_xlabel("text length (tokens)")
+    panel.set_ylabel("accuracy (95 % interval)")
+    panel.set_title(f"{task}: {lines[0]['num_samples']} samples a length", fontsize=10)
+    panel.grid(alpha=0.3)
+    panel.legend(title="memory")

@@ -1,0 +1,333 @@
+"""The evaluate job as a command: what it writes, what it refuses, and its report."""
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import rmt_core
+from pipelines import evaluate, storage
+from pipelines.config import InputError
+from pipelines.data import store
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import TASKS, report
+from pipelines.tasks.base import MEMORIES, Figure, Material
+from pipelines.tasks.held_out import BOOK, StoreHeldOut, open_held_out
+from pipelines.tasks.report import Subject
+from pipelines.tasks.running import Run, load
+from tests.rmt_core.tiny import RMT, tiny_model
+
+BYTES = ByteTokenizer()
+PROSE = BOOK.read_text()[5000:7000]
+
+
+class Command(NamedTuple):
+    code: int
+    out: list[str]  # lines of stdout
+    err: list[str]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        assert len(self.out) == 1
+        return json.loads(self.out[0])
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Command]:
+    def run(*argv: object) -> Command:
+        capfd.readouterr()
+        code = evaluate.main([str(arg) for arg in argv])
+        out, err = capfd.readouterr()
+        return Command(code, out.splitlines(), err.splitlines())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    rmt_core.save(directory, tiny_model(RMT, segment_len=16, vocab_size=257), BYTES)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "prose.txt"
+    file.write_text(PROSE)
+    return file
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
+    local_ray: None, run: Callable[..., Command], model: Path, prose: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "out"
+    settings = ["--data", prose, "--num-samples", 4, "--batch-size", 3, "--seed", 7]
+    words = ["--model", model, "--task", "perplexity,recall", "--lengths", "64,0.1k", "--output", output, *settings]
+    assert run(*words).code == 2  # 0.1k is no count
+    words[5] = "64,100"
+    result = run(*words).result
+
+    lines = lines_of(output)
+    loaded, _ = load(str(model))
+    material = Material(BYTES, open_held_out(str(prose), BYTES), num_samples=4, batch_size=3, seed=7)
+    wanted = [
+        {"task": task, "length": length, **{k: v for k, v in figure._asdict().items() if v is not None}}
+        for task in ("perplexity", "recall")
+        for length in (64, 100)
+        for figure in TASKS[task].measure(loaded, length, material)
+    ]
+    for line, want in zip(lines, wanted, strict=True):
+        assert line["state_floats"] == 3 * 32
+        assert line["seed"] == 7
+        assert {key: line[key] for key in want} == {**want, "value": pytest.approx(want["value"], abs=1e-9)}
+    assert {line["memory"] for line in lines} == set(MEMORIES)
+    assert result["output"] == str(output)
+    assert result["metrics"] == [line for line in lines if "segment" not in line]
+
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "results.md",
+        "results.png",
+    ]
+    assert json.loads((output / "config.json").read_text())["config"]["lengths"] == [64, 100]
+    assert matplotlib.image.imread(output / "results.png").shape[1] > 1000
+    times = [path.stat().st_mtime_ns for path in output.iterdir()]
+    again = run(*words)
+    assert again.result == result
+    assert "nothing to do" in "\n".join(again.err)
+    assert [path.stat().st_mtime_ns for path in output.iterdir()] == times
+
+    other = run(*words[:-1], 8)
+    assert other.code == 2
+    assert "seed 7 there, 8 asked for" in other.err[-1]
+    assert lines_of(output) == lines
+
+
+def test_an_interrupted_run_is_done_again(
+    local_ray: None, run: Callable[..., Command], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.partial.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("half a li")
+    words = ["--task", "recall", "--background", "noise", "--lengths", 64, "--num-samples", 1, "--output", tmp_path]
+    result = run("--model", model, *words).result
+    assert [line["memory"] for line in result["metrics"]] == ["true", "zeroed"]  # one sample has no neighbour
+    assert len(lines_of(tmp_path)) == 2
+    assert not (tmp_path / "config.partial.json").exists()
+
+
+@pytest.mark.s3
+def test_models_are_read_from_s3_and_results_written_there(
+    local_ray: None, s3_bucket: str, run: Callable[..., Command], model: Path, prose: Path
+) -> None:
+    storage.upload_directory(model, f"{s3_bucket}/models/tiny")
+    storage.write_bytes(f"{s3_bucket}/prose.txt", prose.read_bytes())
+    loaded, _ = load(f"{s3_bucket}/models/tiny")
+    assert rmt_core.fingerprint(loaded) == rmt_core.fingerprint(load(str(model))[0])
+    words = ["--task", "perplexity", "--lengths", 500, "--output", f"{s3_bucket}/results"]
+    words += ["--model", model, "--data", f"{s3_bucket}/prose.txt"]
+    result = run(*words).result
+    lines = storage.read_bytes(f"{s3_bucket}/results/metrics.jsonl").decode().splitlines()
+    assert [item for item in map(json.loads, lines) if "segment" not in item] == result["metrics"]
+    assert storage.list_names(result["output"]) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
+    assert "nothing to do" in "\n".join(run(*words).err)
+    with pytest.raises(InputError, match="nothing: there is no such directory"):
+        load(f"{s3_bucket}/models/nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--task perplexity --lengths 8", ["length 8", "segment of 16", "at least 16"]),
+        ("--task perplexity --lengths 4k", ["length 4096", "longer", "at most 2000"]),
+        ("--task perplexity --lengths 64 --limit-segments 2", ["--limit-segments 2", "at least 4"]),
+        ("--task recall --lengths 32", ["recall at length 32", "at least"]),
+        ("--task perplexty", ["--task", "did you mean perplexity?"]),
+        ("--task translation", ["'translation'", "known are perplexity, recall"]),
+        ("--lengths 4x", ["--lengths", "4x", "whole number"]),
+        ("--lengths 64,64", ["64", "more than once"]),
+        ("--batch-size 1", ["--batch-size", "1", "greater than or equal to 2"]),
+        ("--device tpu", ["--device", "tpu", "cpu"]),
+        ("--task perplexity --num-samples 3", ["--num-samples", "not read by perplexity"]),
+        ("--task recall --background noise", ["--data", "not read by recall"]),
+        ("--data {root}/nothing.txt", ["nothing.txt", "no such file"]),
+        ("--data {root}/empty.txt", ["empty.txt", "empty"]),
+        ("--data {root}/latin1.txt", ["latin1.txt", "not UTF-8", "byte 3"]),
+        ("--data {root}", ["without store.json", "segment store"]),
+        ("--model {root}/nothing", ["nothing", "no such directory"]),
+        ("--model {root}", ["--model", "config.json"]),
+        ("--model {root}/bare", ["tokenizer", "does not exist"]),
+        ("--model {root}/small", ["257 ids", "vocabulary 100"]),
+        ("--output {model}", ["not empty", "model.safetensors"]),
+        ("--output {root}/empty.txt", ["is a file"]),
+        ("--lenghts 64", ["--lenghts", "did you mean --lengths?"]),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line_before_ray_starts(
+    words: str,
+    says: list[str],
+    run: Callable[..., Command],
+    wrong: Path,
+    model: Path,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "connect", lambda *_: pytest.fail("Ray was started"))
+    defaults = {"--model": model, "--output": tmp_path / "out", "--data": prose, "--lengths": 64}
+    given = [word.format(root=wrong, model=model) for word in words.split()]
+    kept = [word for name, value in defaults.items() if name not in given for word in (name, value)]
+    command = run(*kept, *given)
+    assert command.code == 2
+    assert command.out == []
+    assert len(command.err) == 1
+    assert command.err[0].startswith("evaluate: error: ")
+    assert all(word in command.err[0] for word in says), command.err[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs that cannot be used."""
+    root = tmp_path_factory.mktemp("wrong")
+    (root / "empty.txt").write_text("")
+    (root / "latin1.txt").write_bytes("Caf\u00e9".encode("latin1"))
+    rmt_core.save(root / "bare", tiny_model(segment_len=16, vocab_size=257))
+    rmt_core.save(root / "small", tiny_model(segment_len=16, vocab_size=100), BYTES)
+    return root
+
+
+def test_a_gpu_that_is_not_there_is_refused(local_ray: None, model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(InputError, match="no GPU"):
+        evaluate._measure([Run("recall", 64, str(model), "cuda")], Material(BYTES, open_held_out(None, BYTES)))
+
+
+def test_a_fault_of_the_input_seen_by_a_worker_is_reported_as_such(local_ray: None, tmp_path: Path) -> None:
+    run = Run("recall", 64, str(tmp_path / "gone"), "cpu")
+    with pytest.raises(InputError, match="gone: there is no such directory") as error:
+        evaluate._measure([run], Material(BYTES, open_held_out(None, BYTES)))
+    assert "\n" not in str(error.value)
+
+
+# --- held-out text ----------------------------------------------------------------------------------
+
+
+def make_store(directory: Path, texts: list[bytes], segment_len: int) -> None:
+    documents, row = [], 0
+    directory.mkdir()
+    with store.PartWriter(directory / store.part_name(0)) as writer:
+        for name, text in enumerate(texts):
+            tokens = np.frombuffer(text, dtype=np.uint8).astype(np.int32)
+            pieces = [tokens[i : i + segment_len] for i in range(0, len(tokens), segment_len)]
+            for number, piece in enumerate(pieces):
+                writer.add(str(name), number, piece)
+            size = len(tokens)
+            documents.append(store.DocumentEntry(str(name), "", size, size, len(pieces), store.part_name(0), row, ""))
+            row += len(pieces)
+    store.write_manifest(str(directory), documents)
+    content = {"format": store.FORMAT, "segment_len": segment_len, "tokenizer_fingerprint": BYTES.fingerprint}
+    counts = {"num_documents": len(texts), "num_segments": row, "num_tokens": 0, "input_fingerprint": "i"}
+    storage.write_json(str(directory / store.STORE), {**content, **counts})
+
+
+def test_a_store_is_read_at_any_place_also_by_another_process(tmp_path: Path) -> None:
+    texts = [bytes(range(100)), bytes(range(100, 137))]
+    make_store(tmp_path / "store", texts, segment_len=7)
+    held_out = open_held_out(str(tmp_path / "store"), BYTES)
+    assert held_out.num_tokens == [100, 37]
+    for copy in (held_out, pickle.loads(pickle.dumps(held_out))):
+        for document, start, stop in ((0, 0, 100), (0, 6, 8), (0, 13, 13), (0, 98, 100), (1, 0, 37), (1, 14, 30)):
+            assert bytes(copy.read(document, start, stop).astype(np.uint8)) == texts[document][start:stop]
+
+
+def test_rows_of_a_store_never_cross_documents(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", [b"a" * 50, b"b" * 70, b"c" * 20], segment_len=32)
+    held_out = open_held_out(str(tmp_path / "store"), BYTES)
+    model = tiny_model(RMT, segment_len=16, vocab_size=257)
+    figures = TASKS["perplexity"].measure(model, 25, Material(BYTES, held_out))
+    assert figures[0].num_tokens == (2 + 2) * 24
+    with pytest.raises(InputError, match="at most 70"):
+        TASKS["perplexity"].check(71, 16, Material(BYTES, held_out))
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "store", [b"text"], segment_len=8)
+    other = ByteTokenizer()
+    other.fingerprint = "0" * 64
+    with pytest.raises(InputError, match="prepare the text with the model's tokenizer"):
+        open_held_out(str(tmp_path / "store"), other)
+    assert isinstance(open_held_out(str(tmp_path / "store"), BYTES), StoreHeldOut)
+
+
+# --- the report -------------------------------------------------------------------------------------
+
+SUBJECT = Subject("tiny", "f" * 64, "rmt (num_tokens 8)", 64, 512, "a book", 0)
+
+
+def line(task: str, length: int, figure: Figure) -> dict[str, Any]:
+    return evaluate._line(Run(task, length, "m", "cpu"), figure, SUBJECT)
+
+
+def accuracy(length: int, memory: str, value: float, **more: Any) -> dict[str, Any]:
+    figure = Figure(
+        "accuracy", value, memory, num_samples=10, low=value / 2, high=(1 + value) / 2, chance=0.0625, **more
+    )
+    return line("recall", length, figure)
+
+
+def curve(length: int, memory: str, values: list[float]) -> list[dict[str, Any]]:
+    figures = [Figure("loss_by_segment", value, memory, i, num_tokens=64) for i, value in enumerate(values)]
+    return [line("perplexity", length, figure) for figure in figures]
+
+
+def test_the_table_has_a_row_a_length_and_says_what_is_missing() -> None:
+    lines = [accuracy(4096, memory, 0.5, needs_memory=True) for memory in MEMORIES]
+    lines += [accuracy(64, memory, 0.25, needs_memory=False) for memory in MEMORIES[:2]]
+    written = report.markdown(SUBJECT, lines)
+    assert "| 4,096 | 10 | 0.0625 | 0.5000 [0.2500, 0.7500] | 0.5000" in written
+    assert "| 64* | 10 | 0.0625 | 0.2500 [0.1250, 0.6250] | 0.2500 [0.1250, 0.6250] | - |" in written
+    assert "no memory is needed there" in written
+    assert "no neighbour" in written
+    assert "no neighbour" not in report.markdown(SUBJECT, lines[:3])
+
+
+def test_the_table_averages_a_curve_over_doubling_stretches() -> None:
+    lines = curve(448, "true", [1.0, 2.0, 3.0, 5.0, 1.0, 2.0, 6.0]) + curve(448, "zeroed", [7.0] * 7)
+    rows = [row for row in report.markdown(SUBJECT, lines).splitlines() if row.startswith(("| 0", "| 1", "| 2", "| 4"))]
+    assert rows == [
+        "| 0 | 1.0000 | 7.0000 | - |",
+        "| 1 | 2.0000 | 7.0000 | - |",
+        "| 2-3 | 4.0000 | 7.0000 | - |",
+        "| 4-6 | 3.0000 | 7.0000 | - |",
+    ]
+
+
+def test_a_value_that_is_no_number_is_null_and_stands_in_the_report() -> None:
+    lines = [line("perplexity", 64, Figure("loss", float("nan"), memory, num_tokens=63)) for memory in MEMORIES]
+    lines += curve(64, "true", [float("inf")])
+    assert [item["value"] for item in lines] == [None] * 4
+    assert "| 64 | nan | nan | nan |" in report.markdown(SUBJECT, lines)
+    report.plot(SUBJECT, lines)
+
+
+@pytest.mark.parametrize("kinds", ["curves", "answers", "both"])
+def test_the_plot_has_a_panel_for_each_thing_measured(kinds: str) -> None:
+    curves = [item for memory in MEMORIES for item in curve(64 * 1000, memory, [1.0 + i % 7 for i in range(1000)])]
+    answers = [accuracy(64, memory, 0.5) for memory in MEMORIES]
+    lines = {"curves": curves, "answers": answers, "both": curves + answers}[kinds]
+    image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
+    assert image.shape[:2] == (600, 768 * (2 if kinds == "both" else 1))
