@@ -316,8 +316,7 @@ def run_job(
         if dry_run:
             print(canonical_json(config.model_dump(mode="json")), flush=True)
             return 0
-        _log_to_stderr()
-        with _stdout_to_stderr():
+        with _logs_on_stderr(), _stdout_to_stderr():
             result, code = _result(job, config, prog)
         print(canonical_json(result), flush=True)
         return code
@@ -354,11 +353,19 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _logs_on_stderr() -> Iterator[None]:
+    """Shows the jobs' own log lines while a job runs."""
     logger = logging.getLogger("pipelines")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -1,6 +1,7 @@
 """Command lines become configurations, or one line that says what is wrong; jobs end with one JSON line."""
 
 import json
+import logging
 import os
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,19 @@ def test_only_the_result_reaches_stdout(capfd: pytest.CaptureFixture[str]) -> No
     assert captured.out.count("\n") == 1
     assert "printed by Python" in captured.err
     assert "printed by a library" in captured.err
+
+
+def test_log_lines_go_to_the_stderr_of_the_moment(capfd: pytest.CaptureFixture[str]) -> None:
+    def job(config: Job) -> dict[str, Any]:
+        logging.getLogger("pipelines.job").info("read %s", config.input[0])
+        return {}
+
+    for name in "ab":
+        assert _run(job, "--input", name) == 0
+        captured = capfd.readouterr()
+        assert captured.err.endswith(f" read {name}\n")
+        assert captured.err.count("\n") == 1
+    assert not logging.getLogger("pipelines").handlers
 
 
 def test_a_dry_run_prints_the_resolved_configuration(capfd: pytest.CaptureFixture[str]) -> None:
