@@ -1,0 +1,360 @@
+"""Measurements that carry a promise, each against a reference in the same run.
+
+    python pipelines/benchmark.py core
+    python pipelines/benchmark.py core --device cuda
+    python pipelines/benchmark.py core --quick      # seconds: shows that it runs; its figures mean nothing
+
+`core` measures a recurrent step against Hugging Face's own forward, and how streamed inference grows with the
+text. A table goes to stderr, one JSON object to stdout. Exit code 1: a full run missed a promise. Needs what
+`rmt_core` needs and nothing else, so that it runs on a bare machine with an accelerator.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig
+
+import rmt_core
+from rmt_core import RecurrentModel
+
+VOCAB = 1024
+RMT: dict[str, Any] = {"kind": "rmt", "num_tokens": 16}
+
+# The promises: no figure may be larger.
+MAX_STEP_RATIO = 1.05
+MAX_EXPONENT = 1.02
+MAX_RESIDENT_MB = 1.0  # per 100,000 tokens
+MAX_MASKED_CALLS = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    width: int = 384  # of the model whose step is timed
+    num_layers: int = 6
+    steps: tuple[tuple[int, int], ...] = ((512, 1), (1024, 1), (512, 4))  # (segment tokens, rows)
+    repeats: int = 15  # timed pairs of (step, body)
+    stream_width: int = 128  # of the model that streams
+    stream_layers: int = 2
+    stream_segment_len: int = 512
+    stream_chunk: int = 4096  # tokens handed over at a time
+    stream_lengths: tuple[int, ...] = tuple(2**i for i in range(12, 19))  # 4k to 256k tokens
+    stream_repeats: int = 3
+    resident_warm_up: int = 200_000  # tokens read before memory is first looked at
+    resident_tokens: int = 400_000  # and further ones before it is looked at again
+
+
+QUICK = Sizes(
+    width=32,
+    num_layers=2,
+    steps=((32, 1), (32, 2)),
+    repeats=3,
+    stream_width=32,
+    stream_segment_len=64,
+    stream_chunk=200,
+    stream_lengths=(256, 512, 1024),
+    stream_repeats=1,
+    resident_warm_up=1_000,
+    resident_tokens=1_000,
+)
+
+
+class Job(NamedTuple):
+    """What one benchmark is asked to do."""
+
+    sizes: Sizes
+    device: str
+
+
+def build(width: int, num_layers: int, segment_len: int, memory: Any, device: str) -> RecurrentModel:
+    """A llama with random weights in float32 and heads of 64 (or 8) dimensions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // (64 if width >= 128 else 8),
+        intermediate_size=width * 8 // 3,
+        vocab_size=VOCAB,
+        max_position_embeddings=4096,
+    )
+    return rmt_core.build(backbone=config, memory=memory, segment_len=segment_len).to(device)
+
+
+def random_tokens(num_rows: int, num_tokens: int, device: str) -> Tensor:
+    """(B, N)."""
+    return torch.randint(VOCAB, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """What `work` takes: of a CPU's one thread its own time, so that others on the machine do not count; else all."""
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# A step against the plain model
+
+
+@torch.inference_mode()
+def measure_step(job: Job, segment_len: int, num_rows: int) -> dict[str, Any]:
+    """An RMT step over a segment against the plain body over as many positions, taking turns; and that both agree."""
+    model = build(job.sizes.width, job.sizes.num_layers, segment_len, RMT, job.device)
+    lm: Any = model.backbone.lm
+    tokens = random_tokens(num_rows, segment_len, job.device)
+    memory = model.init_state(num_rows)
+    rows = torch.cat([memory, lm.get_input_embeddings()(tokens), memory], dim=1)  # (B, M + T + M, D)
+
+    def step() -> Tensor:
+        return model.step(tokens, memory)[0].hidden
+
+    def body() -> Tensor:
+        return lm.model(inputs_embeds=rows, use_cache=False).last_hidden_state
+
+    num_read = RMT["num_tokens"]
+    difference = float((step() - body()[:, num_read:-num_read]).abs().max())
+    pairs = []
+    for i in range(job.sizes.repeats):
+        if i % 2:
+            pairs.append((seconds(step, job.device), seconds(body, job.device)))
+        else:
+            pairs.append((seconds(body, job.device), seconds(step, job.device))[::-1])
+    step_s, body_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+    quartiles = statistics.quantiles([a / b for a, b in pairs], n=4)
+    return {
+        "segment_len": segment_len,
+        "num_rows": num_rows,
+        "positions": rows.shape[1],
+        "step_s": step_s,
+        "body_s": body_s,
+        "ratio": step_s / body_s,
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "max_difference": difference,
+    }
+
+
+# Streaming
+
+
+def stream(model: RecurrentModel, job: Job, num_tokens: int) -> Iterator[int]:
+    """Read random tokens chunk by chunk for ever-growing texts; gives how many were read, after each chunk."""
+    session, done = rmt_core.open_session(model, 1), 0
+    chunk = random_tokens(1, job.sizes.stream_chunk, job.device)
+    while done < num_tokens:
+        size = min(job.sizes.stream_chunk, num_tokens - done)
+        session = rmt_core.read(model, session, chunk[:, :size])
+        done += size
+        yield done
+
+
+def streaming_model(job: Job, memory: Any) -> RecurrentModel:
+    sizes = job.sizes
+    return build(sizes.stream_width, sizes.stream_layers, sizes.stream_segment_len, memory, job.device)
+
+
+def measure_growth_of_time(job: Job, memory: Any) -> dict[str, Any]:
+    """Seconds for texts of several lengths, and the exponent of `seconds ~ tokens ** exponent`: 1 is flat a token.
+
+    The lengths take turns, so that a change in the machine's speed meets all of them; the least of each counts.
+    """
+    model, lengths = streaming_model(job, memory), job.sizes.stream_lengths
+    read_all(model, job, lengths[0])  # warm up
+    taken: dict[int, list[float]] = {length: [] for length in lengths}
+    for repeat in range(job.sizes.stream_repeats):
+        for length in lengths if repeat % 2 else reversed(lengths):
+            taken[length].append(seconds(lambda length=length: read_all(model, job, length), job.device))  # type: ignore[misc]
+    least = [min(taken[length]) for length in lengths]
+    return {
+        "memory": memory,
+        "num_tokens": list(lengths),
+        "seconds": least,
+        "microseconds_per_token": [1e6 * s / n for s, n in zip(least, lengths, strict=True)],
+        "exponent": exponent(lengths, least),
+    }
+
+
+def read_all(model: RecurrentModel, job: Job, num_tokens: int) -> None:
+    for _ in stream(model, job, num_tokens):
+        pass
+
+
+def exponent(lengths: Sequence[int], taken: Sequence[float]) -> float:
+    """The least-squares slope of log(seconds) on log(tokens)."""
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in taken]).slope
+
+
+def measure_growth_of_memory(job: Job) -> dict[str, Any]:
+    """Resident memory of a process that streams, after a warm-up and after many more tokens."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(resident_growth, job).result()
+
+
+def resident_growth(job: Job) -> dict[str, Any]:
+    """Runs in its own process. Megabytes (1e6 bytes) that the peak, or what is resident now, grew by."""
+    prepare(job.device)
+    model, sizes = streaming_model(job, RMT), job.sizes
+    marks = []
+    for done in stream(model, job, sizes.resident_warm_up + sizes.resident_tokens):
+        if done >= sizes.resident_warm_up:
+            gc.collect()
+            marks.append((done, resident_bytes()))
+    (first, before), (last, after) = marks[0], marks[-1]
+    grown = {name: (after[name] - before[name]) / 1e6 for name in before}
+    return {
+        "num_tokens": last - first,
+        "peak_mb": after["peak"] / 1e6,
+        "peak_mb_per_100k_tokens": grown["peak"] * 1e5 / (last - first),
+        "now_mb_per_100k_tokens": grown["now"] * 1e5 / (last - first),
+        "device_mb_per_100k_tokens": grown["device"] * 1e5 / (last - first),
+    }
+
+
+def resident_bytes() -> dict[str, int]:
+    """This process's resident memory, its peak since it began (Linux), and the peak on its accelerator."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return {"now": now, "peak": peak, "device": device}
+
+
+# Masks
+
+
+@contextmanager
+def counted_attention() -> Iterator[list[bool]]:
+    """Inside, a list that grows by one entry an attention call: whether it got a mask."""
+    found: list[bool] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+        found.append(attn_mask is not None)
+        return attention(query, key, value, attn_mask=attn_mask, **rest)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", counted):
+        yield found
+
+
+@torch.inference_mode()
+def count_masks(job: Job) -> dict[str, Any]:
+    """Attention calls of full, ragged and reset steps under every memory, and how many of them got a mask."""
+    size = 32
+    cache = {"kind": "xl", "cache_len": 48}
+    with counted_attention() as found:
+        for memory in ("none", RMT, cache, [cache, RMT]):
+            model = build(32, 2, size, memory, job.device)
+            tokens, state = random_tokens(3, size, job.device), model.init_state(3)
+            lengths = torch.tensor([size, 5, 0], device=job.device)
+            _, state = model.step(tokens, state)
+            _, state = model.step(tokens, state, lengths=lengths)
+            model.step(tokens, state, reset=lengths == size)
+    return {"calls": len(found), "masked_calls": sum(found)}
+
+
+# The benchmarks by name
+
+
+def core(job: Job) -> dict[str, Any]:
+    """The promises of `rmt_core`: figures, and for each promise whether it is kept."""
+    steps = []
+    tell(f"{'tokens x rows':>16} {'step':>11} {'plain body':>11} {'ratio':>7}  {'quartiles':<13} {'difference':>10}")
+    for segment_len, num_rows in job.sizes.steps:
+        steps.append(found := measure_step(job, segment_len, num_rows))
+        low, high = found["ratio_quartiles"]
+        tell(
+            f"{segment_len:>12} x {num_rows} {found['step_s'] * 1e3:>8.2f} ms {found['body_s'] * 1e3:>8.2f} ms "
+            f"{found['ratio']:>7.3f}  {low:.3f}-{high:.3f}   {found['max_difference']:>10.1e}"
+        )
+    streams = []
+    for memory in (RMT, [{"kind": "xl", "cache_len": job.sizes.stream_segment_len}, RMT]):
+        streams.append(grown := measure_growth_of_time(job, memory))
+        tell(f"\n{'tokens':>16} {'seconds':>11} {'us a token':>11}   {json.dumps(memory)}")
+        columns = (grown["num_tokens"], grown["seconds"], grown["microseconds_per_token"])
+        for length, taken, each in zip(*columns, strict=True):
+            tell(f"{length:>16} {taken:>11.3f} {each:>11.2f}")
+        tell(f"{'exponent':>16} {grown['exponent']:>11.4f}")
+    resident, masks = measure_growth_of_memory(job), count_masks(job)
+    figures = {
+        "step_ratio": max(found["ratio"] for found in steps),
+        "exponent": max(found["exponent"] for found in streams),
+        "resident_mb_per_100k_tokens": max(resident["peak_mb_per_100k_tokens"], resident["now_mb_per_100k_tokens"]),
+        "masked_attention_calls": masks["masked_calls"],
+    }
+    limits = dict(zip(figures, (MAX_STEP_RATIO, MAX_EXPONENT, MAX_RESIDENT_MB, MAX_MASKED_CALLS), strict=True))
+    promises = {name: value <= limits[name] for name, value in figures.items()}
+    promises["same_outputs"] = all(found["max_difference"] < 1e-3 for found in steps)
+    tell("")
+    for name, value in figures.items():
+        verdict = "not judged" if job.sizes == QUICK else "kept" if promises[name] else "MISSED"
+        tell(f"{name:>28} {value:>9.4f}  at most {limits[name]:<5} {verdict}")
+    return {**figures, "promises": promises, "steps": steps, "streams": streams, "resident": resident, "masks": masks}
+
+
+BENCHMARKS: dict[str, Callable[[Job], dict[str, Any]]] = {"core": core}
+
+
+def prepare(device: str) -> None:
+    """One thread, so that a ratio compares work and not parallelism."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmark", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("name", choices=BENCHMARKS, help="which benchmark")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it computes (default: cpu)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes that only show that it runs; promises nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved sizes as JSON and stop")
+    given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available here; allowed: cpu")
+    job = Job(QUICK if given.quick else Sizes(), given.device)
+    about = {"benchmark": given.name, "device": given.device, "quick": given.quick, "sizes": vars(job.sizes)}
+    if given.dry_run:
+        print(json.dumps(about))
+        return 0
+    prepare(given.device)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    result = BENCHMARKS[given.name](job)
+    kept = all(result["promises"].values())
+    print(json.dumps(about | {"versions": versions, "kept": kept} | result))
+    return 0 if kept or given.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
