@@ -46,6 +46,7 @@ METRICS, TABLE, PLOT, CONFIG, PARTIAL = (
     "config.partial.json",
 )
 _OWN_NAME = re.compile(r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json)(\.[0-9a-f]{8}\.tmp)?")
+_REPORT_S = 30.0  # without news for so long, the log says that work goes on
 _NOT_IDENTITY = {"model", "data", "output", "num_cpus"}  # places, and what does not change a figure
 
 
@@ -230,9 +231,12 @@ def _measure(runs: Sequence[Run], material: Material) -> dict[Run, list[Figure]]
     began = time.monotonic()
     try:
         while len(found) < len(runs):
-            (done,), _ = ray.wait([ref for ref, run in waiting.items() if run not in found])
-            run = waiting[done]
-            found[run] = ray.get(done)
+            done, rest = ray.wait([ref for ref, run in waiting.items() if run not in found], timeout=_REPORT_S)
+            if not done:
+                log.info("%d of %d still to come (%.0f s)", len(rest), len(runs), time.monotonic() - began)
+                continue
+            run = waiting[done[0]]
+            found[run] = ray.get(done[0])
             log.info(
                 "%d of %d: %s (%.0f s)", len(found), len(runs), _headline(run, found[run]), time.monotonic() - began
             )
