@@ -198,7 +198,7 @@ def _canonical(argv: Sequence[str], fields: Mapping[str, pydantic.fields.FieldIn
         dashed = word.startswith("--") and len(word) > 2
         if word in ("-h", "--help", "--dry-run", "--dry_run"):
             out.append(word.replace("_", "-"))
-        elif name in fields and (dashed or "." in name):
+        elif name in fields and (dashed or equals or "." in name):
             if fields[name].annotation is bool and not equals:
                 says = bool(words) and words[0].lower() in _TRUE + _FALSE
                 equals, value = "=", words.pop(0) if says else "true"
@@ -207,9 +207,17 @@ def _canonical(argv: Sequence[str], fields: Mapping[str, pydantic.fields.FieldIn
             out.append(f"--{_negated(name)}=false")
         elif dashed or (re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", name) and equals):
             raise InputError(f"unknown option {head}{_nearest(name, fields, '--' if dashed else '')}")
+        elif _names_section(name, fields) and not (out and out[-1].startswith("--") and "=" not in out[-1]):
+            raise InputError(f"unknown option {head}{_nearest(name, fields, '')}")
         else:
             out.append(word)
     return out
+
+
+def _names_section(name: str, fields: Mapping[str, pydantic.fields.FieldInfo]) -> bool:
+    """Whether a word reads like a field of a known section: `model.something`."""
+    section, dot, last = name.rpartition(".")
+    return bool(dot) and last.isidentifier() and any(known.startswith(section + ".") for known in fields)
 
 
 def _negated(name: str) -> str:

@@ -36,7 +36,7 @@ from pipelines.config import InputError, run_job
 from pipelines.extras import require_extra
 from pipelines.recipes import RECIPES
 from pipelines.training.settings import TrainConfig, model_config
-from pipelines.training.worker import make_lanes, open_store, run_fingerprint, train_worker
+from pipelines.training.worker import check_continues, make_lanes, open_store, run_fingerprint, train_worker
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, a training run; what is printed. InputError, KeyboardInterrupt."""
     require_extra("train", job="train")
-    config = config.model_copy(update={"output": storage.absolute(config.output)})
+    config = _placed(config)
     identity = check(config)
     finished = _earlier(config, identity)
     if finished is not None:
@@ -73,6 +73,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     result = {"output": config.output, "checkpoint": model, "num_steps": config.num_steps, **metrics}
     storage.write_json(storage.join(config.output, FINISHED), {"identity": identity, "result": result})
     return result
+
+
+def _placed(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths: workers run in other folders."""
+    found: dict[str, Any] = {"output": storage.absolute(config.output)}
+    if config.data is not None:
+        found["data"] = storage.absolute(config.data)
+    if config.resume not in ("auto", "never"):
+        found["resume"] = storage.absolute(config.resume)
+    if config.model.backbone is not None:
+        backbone = storage.absolute(config.model.backbone)
+        found["model"] = config.model.model_copy(update={"backbone": backbone})
+    return config.model_copy(update=found)
 
 
 def check(config: TrainConfig) -> str:
@@ -121,6 +134,7 @@ def _earlier(config: TrainConfig, identity: str) -> dict[str, Any] | None:
         part = storage.read_json(storage.join(config.output, checkpoints[-1], "worker_00000.json"))
         if part["identity"] != identity:
             raise InputError(f"{config.output} holds a run with other settings or data; give another --output")
+        check_continues(part, identity, config.workers.num_workers)
         log.info("going on with the run in %s", config.output)
     return None
 

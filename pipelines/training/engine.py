@@ -56,8 +56,8 @@ def segments_of(window: Window, device: torch.device) -> list[SegmentBatch]:
     return [SegmentBatch(t, y, lengths, reset, w) for t, y, w, lengths, reset in zip(*rows, strict=True)]
 
 
-def start_engine(model: rmt_core.RecurrentModel, config: TrainConfig, world_size: int) -> Any:
-    """The DeepSpeed engine around the model."""
+def start_engine(model: rmt_core.RecurrentModel, config: TrainConfig, deepspeed_settings: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around the model, with the settings that `deepspeed_config` gives."""
     if not config.workers.use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -70,7 +70,7 @@ def start_engine(model: rmt_core.RecurrentModel, config: TrainConfig, world_size
         betas=(config.optimizer.beta1, config.optimizer.beta2),
     )
     engine, *_ = deepspeed.initialize(
-        model=WindowLoss(model, config.gradient), optimizer=optimizer, config=deepspeed_config(config, world_size)
+        model=WindowLoss(model, config.gradient), optimizer=optimizer, config=deepspeed_settings
     )
     return engine
 

@@ -54,13 +54,16 @@ def make_lanes(config: TrainConfig, store: SegmentStore | BookStore, tokenizer: 
         text_weight=settings.recall_text_weight,
         answer_weight=settings.recall_answer_weight,
     )
+    if num_recall:  # what cannot be drawn is refused now, and what cannot be planned below
+        shortest = 1 if config.curriculum.vary else min(config.curriculum.num_segments)
+        facts.draw(0, 0, shortest * store.segment_len, store.segment_len)
     lanes: list[Any] = [data.RecallLane(facts, number) for number in range(num_recall)]
     num_documents = config.batch_size - num_recall
     if num_documents:
         source = data.DocumentSource(
             store, num_documents, seed=config.seed, eos_id=tokenizer.eos_id, piece_segments=settings.piece_segments
         )
-        source.lane(0, 0)  # refuse now what cannot be planned
+        source.lane(0, 0)
         lanes += [data.DocumentLane(source, number, data.Cursor()) for number in range(num_documents)]
     return lanes
 
@@ -85,7 +88,7 @@ def train_worker(settings: dict[str, Any], monitor: Any) -> None:
     description = model_config(config, tokenizer, store.segment_len)
     model = rmt_core.build(description).train()
     lanes = data.Lanes(make_lanes(config, store, tokenizer)[rank::world_size], store.segment_len)
-    engine = engines.start_engine(model, config, world_size)
+    engine = engines.start_engine(model, config, engines.deepspeed_config(config, world_size))
     torch.manual_seed(config.seed * 1000 + rank)  # dropout differs between workers
     run = Run(config, engine, lanes, description, tokenizer, run_fingerprint(config, store))
     run.restore()

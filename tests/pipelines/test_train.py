@@ -1,0 +1,200 @@
+"""The training job: what it refuses, what it writes, and that stopping and going on changes nothing."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rmt_core
+from pipelines import train
+from pipelines.config import InputError, build
+from pipelines.data.tokenise import load_tokenizer
+from pipelines.training.settings import (
+    CurriculumSettings,
+    OptimizerSettings,
+    TrainConfig,
+    learning_rate,
+    num_segments_at,
+)
+
+SMALL = {
+    "segment_len": 48,
+    "batch_size": 4,
+    "model": {"width": 32, "feed_forward_width": 48, "memory": {"kind": "rmt", "num_tokens": 2}},
+    "curriculum": {"num_segments": [2, 3], "steps": [6, 6]},
+    "dataset": {"piece_segments": 5},
+    "report": {"log_every": 2, "checkpoint_every": 4},
+}
+
+
+def config(output: Path, **changes: Any) -> TrainConfig:
+    return build(TrainConfig, SMALL | {"output": str(output)} | changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("train") / "run"
+    result = train.train(config(run))
+    assert result == {
+        "output": str(run),
+        "checkpoint": str(run / "model"),
+        "num_steps": 12,
+        "loss": result["loss"],
+        "tokens_per_s": result["tokens_per_s"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
+    }
+    return run
+
+
+def test_a_run_writes_metrics_board_checkpoints_and_a_model(finished: Path) -> None:
+    metrics = lines(finished)
+    assert [line["step"] for line in metrics] == [2, 4, 6, 8, 10, 12]
+    for line in metrics:
+        assert line["loss"] > 0
+        assert line["gradient_norm"] > 0
+        assert line["state_norm"] > 0
+        assert line["tokens_per_s"] > 0
+        assert line["peak_memory_bytes"] > 2**20
+        assert line["learning_rate"] > 0
+        assert 0 <= line["padding_fraction"] < 1
+        assert len(line["loss_by_segment"]) >= 1
+    assert list((finished / "tensorboard").glob("events.*"))
+    assert len([path for path in finished.glob("checkpoint_*") if path.is_dir()]) == 2  # the newest are kept
+    assert json.loads((finished / "config.json").read_text())["segment_len"] == 48
+
+
+def test_the_model_is_portable_and_has_its_tokenizer(finished: Path) -> None:
+    model = rmt_core.load(finished / "model")
+    tokenizer = load_tokenizer(str(finished / "model"))
+    assert model.segment_len == 48
+    assert model.backbone.vocab_size == tokenizer.vocab_size
+    rmt_core.generate(model, [tokenizer.encode("It is a truth").tolist()], 3)
+
+
+def test_a_finished_run_is_left_alone(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = train.train(config(finished))
+    assert result["checkpoint"] == str(finished / "model")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_on_the_same_output_are_refused(finished: Path) -> None:
+    with pytest.raises(InputError, match="other settings or data"):
+        train.train(config(finished, seed=1))
+    with pytest.raises(InputError, match="resume is never"):
+        train.train(config(finished, resume="never"))
+
+
+@pytest.mark.slow
+def test_stopped_by_ctrl_c_and_gone_on_with_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        train.train(config(run))
+    except KeyboardInterrupt:
+        stopped_at = lines(run)[-1]["step"]
+        assert stopped_at < 12
+        assert len([path for path in run.glob("checkpoint_*") if path.is_dir()]) >= 1
+        train.train(config(run))
+    finally:
+        thread.join()
+    assert [line["step"] for line in lines(run)] == [2, 4, 6, 8, 10, 12]
+    for name, tensor in weights(finished).items():
+        assert torch.equal(weights(run)[name], tensor), name
+    for line, wanted in zip(lines(run), lines(finished), strict=True):
+        assert line["loss"] == wanted["loss"]
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_does(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.train(config(run, workers={"num_workers": 2, "zero_stage": 2, "cpus": 0.5}))
+    for line, wanted in zip(lines(run), lines(finished), strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], abs=1e-4)
+    for name, tensor in weights(finished).items():
+        torch.testing.assert_close(weights(run)[name], tensor, atol=2e-4, rtol=0)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that must end with exit code 2."""
+    assert train.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = [line for line in printed.err.splitlines() if "error" in line]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tyny"], "did you mean tiny"),
+        (["tiny", "model.witdh", "8"], "model.width"),
+        (["batch_size=3", "workers.num_workers=2"], "not a multiple"),
+        (["--batch-size", "3", "workers.num_workers", "2"], "not a multiple"),
+        (["gradient.mode", "truncated"], "bptt_segments"),
+        (["gradient.mode", "sideways"], "truncated"),
+        (["model.memory", "rtm"], "did you mean 'rmt'"),
+        (["model.memory", '{"kind": "rmt", "num_token": 3}'], "num_tokens"),
+        (["model.max_positions", "70"], "use at most 62"),
+        (["model.backbone", "nowhere"], "not a directory"),
+        (["dataset.piece_segments", "none", "--batch-size", "16"], "piece_segments"),
+        (["curriculum.num_segments", "1", "2", "curriculum.steps", "5"], "one of each a stage"),
+        (["--segment-len", "16", "curriculum.num_segments", "1", "curriculum.steps", "5"], "too short for a planted"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--resume", "nowhere"], "no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused([*arguments, "--output", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["tiny", "--dry-run", "model.num_layers", "3"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["model"]["num_layers"] == 3
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    settings = OptimizerSettings(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
+    rates = [learning_rate(settings, step, 110) for step in range(111)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+
+
+def test_the_curriculum_goes_stage_by_stage_and_varies_within() -> None:
+    settings = CurriculumSettings(num_segments=[1, 4], steps=[10, 400])
+    drawn = [num_segments_at(settings, step, seed=0) for step in range(410)]
+    assert set(drawn[:10]) == {1}
+    assert set(drawn[10:]) == {1, 2, 3, 4}
+    assert drawn == [num_segments_at(settings, step, seed=0) for step in range(410)]
+    fixed = CurriculumSettings(num_segments=[1, 4], steps=[10, 400], vary=False)
+    assert {num_segments_at(fixed, step, seed=0) for step in range(10, 410)} == {4}
