@@ -15,6 +15,7 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -54,9 +55,9 @@ class Stage(NamedTuple):
     settings: str  # words of the command line
     places: dict[str, str]  # and its options that are places: --output, and what is read
 
-    def command(self) -> list[str]:
+    def arguments(self) -> list[str]:
         options = [word for name, place in self.places.items() for word in (f"--{name}", place)]
-        return [sys.executable, str(FOLDER / f"{self.job}.py"), *self.settings.split(), *options]
+        return [*self.settings.split(), *options]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,8 +140,9 @@ def _run_stage(stage: Stage, number: str) -> dict[str, Any]:
     """What a job printed as its result; SystemExit with its exit code where it fails."""
     _tell(f"\n{number} {stage.job}: {stage.purpose}")
     _tell(f"      output in {stage.places['output']}")
+    _tell(f"      $ {shlex.join(['python', f'pipelines/{stage.job}.py', *stage.arguments()])}")
     began = time.monotonic()
-    code, printed = _run(stage.command())
+    code, printed = _run([sys.executable, str(FOLDER / f"{stage.job}.py"), *stage.arguments()])
     elapsed_s = time.monotonic() - began
     if code != 0:
         _tell(f"demo: {stage.job} ended with exit code {code} after {elapsed_s:.0f} s")
