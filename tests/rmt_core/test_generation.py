@@ -132,9 +132,10 @@ def test_reading_leaves_the_callers_session_alone(model: RecurrentModel) -> None
     """A session can be forked."""
     before = rmt_core.generate(model, prompts((T + 2,)), 0).session
     kept = Session(*(rmt_core.state.tree_map(Tensor.clone, part) for part in before))
-    first = rmt_core.generate(model, prompts((3,)), NEW, session=before)
-    second = rmt_core.generate(model, prompts((3,)), NEW, session=before)
-    assert first.tokens == second.tokens
+    for more in ([[]], prompts((3,))):
+        first = rmt_core.generate(model, more, NEW, session=before)
+        second = rmt_core.generate(model, more, NEW, session=before)
+        assert first.tokens == second.tokens
     assert all(same_states(a, b) for a, b in zip(before, kept, strict=True))
 
 
