@@ -113,27 +113,32 @@ class DocumentLane:
         num_segments, segment_len = window.tokens.shape[1:]
         filled = 0
         while filled < num_segments:
-            pieces = self.source.lane(self.number, self.cursor.epoch)
-            if self.cursor.piece == len(pieces):
-                self.cursor = Cursor(self.cursor.epoch + 1)
-                continue
-            piece = pieces[self.cursor.piece]
-            first = piece.start + self.cursor.segment
-            count = min(num_segments - filled, piece.stop - first)
-            tokens, labels = self.source.text(piece, first, first + count)
+            piece = self.source.lane(self.number, self.cursor.epoch)[self.cursor.piece]
+            at = self.cursor.segment
+            count = min(num_segments - filled, piece.num_segments - at)
+            tokens, labels = self.source.text(piece, piece.start + at, piece.start + at + count)
             for i in range(count):
                 part = slice(i * segment_len, (i + 1) * segment_len)
                 size = len(tokens[part])
                 window.tokens[row, filled + i, :size] = tokens[part]
                 window.labels[row, filled + i, :size] = labels[part]
-                window.weights[row, filled + i, :size] = 1
+                window.weights[row, filled + i, :size] = labels[part] != IGNORED
                 window.lengths[row, filled + i] = size
-                window.segment_index[row, filled + i] = self.cursor.segment + i
-            window.reset[row, filled] = self.cursor.segment == 0
+                window.segment_index[row, filled + i] = at + i
+            window.reset[row, filled] = at == 0
             filled += count
-            at = self.cursor.segment + count
-            epoch, number, _ = self.cursor
-            self.cursor = Cursor(epoch, number, at) if at < piece.num_segments else Cursor(epoch, number + 1)
+            self._advance(count)
+
+    def _advance(self, num_segments: int) -> None:
+        """Move the cursor over segments of one piece, to the next piece or epoch at its end."""
+        epoch, number, at = self.cursor
+        pieces = self.source.lane(self.number, epoch)
+        if at + num_segments < pieces[number].num_segments:
+            self.cursor = Cursor(epoch, number, at + num_segments)
+        elif number + 1 < len(pieces):
+            self.cursor = Cursor(epoch, number + 1)
+        else:
+            self.cursor = Cursor(epoch + 1)
 
 
 class DocumentSource:

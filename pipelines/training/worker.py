@@ -18,6 +18,7 @@ import torch
 from torch import distributed as dist
 
 import rmt_core
+from pipelines import storage
 from pipelines.config import InputError, build, fingerprint
 from pipelines.data import lanes as data
 from pipelines.data.books import BookStore
@@ -187,16 +188,18 @@ class Run:
 
     def restore(self) -> None:
         """Go on from the run's last checkpoint, or from the one that `resume` names, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and self.config.resume not in ("auto", "never"):
-            checkpoint = ray.train.Checkpoint(self.config.resume)
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as name:
-            part = json.loads((Path(name) / f"worker_{self.rank:05d}.json").read_text())
+        checkpoint, named = ray.train.get_checkpoint(), self.config.resume
+        with contextlib.ExitStack() as stack:
+            if checkpoint is not None:
+                folder = Path(stack.enter_context(checkpoint.as_directory()))
+            elif named not in ("auto", "never"):
+                folder = stack.enter_context(storage.local_directory(named))
+            else:
+                return
+            part = json.loads((folder / f"worker_{self.rank:05d}.json").read_text())
             check_continues(part, self.identity, self.world_size)
-            self.engine.load_checkpoint(str(Path(name) / "deepspeed"), tag=ENGINE_TAG)
-            blob = (Path(name) / f"worker_{self.rank:05d}.safetensors").read_bytes()
+            self.engine.load_checkpoint(str(folder / "deepspeed"), tag=ENGINE_TAG)
+            blob = (folder / f"worker_{self.rank:05d}.safetensors").read_bytes()
         carried = rmt_core.state.to(rmt_core.state.from_bytes(blob, self.identity), self.engine.device)
         self.state, self.step = carried["memory"], part["step"]
         set_random_states(carried["random"], self.engine.device)
