@@ -6,4 +6,6 @@ from typing import Any
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # Learns to carry a planted fact over 8 segments of book prose in minutes on two cores.
     "tiny": {},
+    # What `make demo` trains.
+    "demo": {"workers": {"num_workers": 2}},
 }
