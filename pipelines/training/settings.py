@@ -72,6 +72,12 @@ class CurriculumSettings(Config):
     )
     vary: bool = Field(default=True, description="each step draws its number of segments evenly from 1 to the stage's")
 
+    advance_below: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats: a stage lasts until the answers' loss is below, and the last until the sum of steps",
+    )
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> "CurriculumSettings":
         if len(self.num_segments) != len(self.steps):
@@ -162,6 +168,8 @@ class TrainConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.curriculum.advance_below is not None and not self.num_recall_lanes:
+            raise ValueError("curriculum.advance_below needs answers to judge by; set dataset.recall_fraction above 0")
         if self.batch_size % self.workers.num_workers:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of workers.num_workers {self.workers.num_workers}"
@@ -230,8 +238,21 @@ def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> flo
     return float(settings.learning_rate * (settings.final_fraction + (1 - settings.final_fraction) * decay))
 
 
-def num_segments_at(settings: CurriculumSettings, step: int, seed: int) -> int:
-    """Segments of the window of optimiser step `step`; the same on every worker."""
+def stage_at(settings: CurriculumSettings, step: int) -> int:
+    """The stage of optimiser step `step` where stages have their numbers of steps."""
     stage = int(np.searchsorted(np.cumsum(settings.steps), step, side="right"))
-    longest = settings.num_segments[min(stage, len(settings.steps) - 1)]
+    return min(stage, len(settings.steps) - 1)
+
+
+def next_stage(settings: CurriculumSettings, stage: int, step: int, answer_loss: float | None) -> int:
+    """The stage that follows a report at `step`: by steps, or where `advance_below` is set by the answers' loss."""
+    if settings.advance_below is None:
+        return stage_at(settings, step)
+    learned = answer_loss is not None and answer_loss < settings.advance_below
+    return min(stage + learned, len(settings.steps) - 1)
+
+
+def num_segments_at(settings: CurriculumSettings, stage: int, step: int, seed: int) -> int:
+    """Segments of the window of optimiser step `step`, which is in `stage`; the same on every worker."""
+    longest = settings.num_segments[stage]
     return int(np.random.default_rng((seed, step)).integers(1, longest + 1)) if settings.vary else longest

@@ -27,7 +27,14 @@ from pipelines.data.tokenise import Tokenizer
 from pipelines.tasks import recall
 from pipelines.training import engine as engines
 from pipelines.training.records import Journal, Sums, peak_memory_bytes, state_norm
-from pipelines.training.settings import HOUSEKEEPING, TrainConfig, learning_rate, model_config, num_segments_at
+from pipelines.training.settings import (
+    HOUSEKEEPING,
+    TrainConfig,
+    learning_rate,
+    model_config,
+    next_stage,
+    num_segments_at,
+)
 from rmt_core.state import State
 
 ENGINE_TAG = "engine"
@@ -114,7 +121,7 @@ class Run:
         with self._gathered():
             state = rmt_core.state.detach(engine.module.model.init_state(len(lanes.lanes)))
             self.state = rmt_core.state.tree_map(torch.clone, state)
-        self.step = 0
+        self.step = self.stage = 0
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -133,7 +140,8 @@ class Run:
         metrics: dict[str, Any] = {}
         while self.step < config.num_steps:
             rate = learning_rate(config.optimizer, self.step, config.num_steps)
-            window = self.lanes.window(self.step, num_segments_at(config.curriculum, self.step, config.seed))
+            num_segments = num_segments_at(config.curriculum, self.stage, self.step, config.seed)
+            window = self.lanes.window(self.step, num_segments)
             result = engines.optimise(self.engine, window, self.state, rate)
             self.state = result.state
             self.step += 1
@@ -141,10 +149,14 @@ class Run:
             stop = False
             if self.step % every.log_every == 0 or self.step == config.num_steps:
                 now = time.monotonic()
-                metrics = {"step": self.step, "num_segments": window.tokens.shape[1], "learning_rate": rate}
+                metrics = {"step": self.step, "stage": self.stage, "num_segments": num_segments, "learning_rate": rate}
                 metrics |= sums.metrics(now - began) | self._measured()
                 began = now
                 stop = self._tell(journal, monitor, metrics)
+                answer_loss = metrics["answer_loss"]
+            else:
+                answer_loss = None
+            self.stage = next_stage(config.curriculum, self.stage, self.step, answer_loss)
             due = stop or self.step % every.checkpoint_every == 0 or self.step == config.num_steps
             if due and saved != self.step:
                 self.save(metrics)
@@ -177,6 +189,7 @@ class Run:
             engines.save_portable(folder / "model", self.engine, self.description, self.tokenizer)
             cursors = {str(lane): cursor for lane, cursor in self.lanes.cursors().items()}
             part = {"step": self.step, "world_size": self.world_size, "identity": self.identity, "cursors": cursors}
+            part["stage"] = self.stage
             (folder / f"worker_{self.rank:05d}.json").write_text(json.dumps(part))
             carried = {"memory": self.state, "random": random_states(self.engine.device)}
             (folder / f"worker_{self.rank:05d}.safetensors").write_bytes(
@@ -201,7 +214,7 @@ class Run:
             self.engine.load_checkpoint(str(folder / "deepspeed"), tag=ENGINE_TAG)
             blob = (folder / f"worker_{self.rank:05d}.safetensors").read_bytes()
         carried = rmt_core.state.to(rmt_core.state.from_bytes(blob, self.identity), self.engine.device)
-        self.state, self.step = carried["memory"], part["step"]
+        self.state, self.step, self.stage = carried["memory"], part["step"], part["stage"]
         set_random_states(carried["random"], self.engine.device)
         for lane in self.lanes.lanes:
             if isinstance(lane, data.DocumentLane):

@@ -14,7 +14,7 @@ from pipelines.config import build
 from pipelines.data import lanes
 from pipelines.data.books import BookStore
 from pipelines.training import engine as engines
-from pipelines.training.settings import TrainConfig, learning_rate, model_config, num_segments_at
+from pipelines.training.settings import TrainConfig, learning_rate, model_config, num_segments_at, stage_at
 from pipelines.training.worker import make_lanes
 from rmt_core.checkpoint import tensors_of
 
@@ -57,7 +57,7 @@ def lanes_of(config: TrainConfig, rank: int, world_size: int) -> lanes.Lanes:
 
 
 def num_segments(config: TrainConfig, step: int) -> int:
-    return num_segments_at(config.curriculum, step, config.seed)
+    return num_segments_at(config.curriculum, stage_at(config.curriculum, step), step, config.seed)
 
 
 def worker(rank: int, port: int, folder: str) -> None:

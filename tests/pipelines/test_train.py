@@ -21,7 +21,9 @@ from pipelines.training.settings import (
     OptimizerSettings,
     TrainConfig,
     learning_rate,
+    next_stage,
     num_segments_at,
+    stage_at,
 )
 
 SMALL = {
@@ -192,9 +194,21 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_the_curriculum_goes_stage_by_stage_and_varies_within() -> None:
     settings = CurriculumSettings(num_segments=[1, 4], steps=[10, 400])
-    drawn = [num_segments_at(settings, step, seed=0) for step in range(410)]
-    assert set(drawn[:10]) == {1}
-    assert set(drawn[10:]) == {1, 2, 3, 4}
-    assert drawn == [num_segments_at(settings, step, seed=0) for step in range(410)]
+    assert [stage_at(settings, step) for step in (0, 9, 10, 409, 1000)] == [0, 0, 1, 1, 1]
+    drawn = [num_segments_at(settings, 1, step, seed=0) for step in range(400)]
+    assert set(drawn) == {1, 2, 3, 4}
+    assert drawn == [num_segments_at(settings, 1, step, seed=0) for step in range(400)]
+    assert {num_segments_at(settings, 0, step, seed=0) for step in range(10)} == {1}
     fixed = CurriculumSettings(num_segments=[1, 4], steps=[10, 400], vary=False)
-    assert {num_segments_at(fixed, step, seed=0) for step in range(10, 410)} == {4}
+    assert {num_segments_at(fixed, 1, step, seed=0) for step in range(10, 410)} == {4}
+
+
+def test_a_stage_lasts_its_steps_or_until_its_answers_are_known() -> None:
+    by_steps = CurriculumSettings(num_segments=[1, 4], steps=[10, 400])
+    assert next_stage(by_steps, 0, 9, answer_loss=0.0) == 0
+    assert next_stage(by_steps, 0, 10, answer_loss=None) == 1
+    by_loss = CurriculumSettings(num_segments=[1, 4], steps=[10, 400], advance_below=0.1)
+    assert next_stage(by_loss, 0, 200, answer_loss=0.2) == 0
+    assert next_stage(by_loss, 0, 200, answer_loss=None) == 0
+    assert next_stage(by_loss, 0, 5, answer_loss=0.05) == 1
+    assert next_stage(by_loss, 1, 6, answer_loss=0.05) == 1
