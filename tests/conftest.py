@@ -1,6 +1,7 @@
 """What every test runs under: few threads, no network, no foreign Ray; and one Ray for those that need it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYT
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(ENVIRONMENT)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background: commands would be deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         os.environ.pop(name, None)  # a test never joins the cluster of whoever runs it
     import torch
