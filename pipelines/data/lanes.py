@@ -182,7 +182,7 @@ class RecallLane:
     def fill(self, window: Window, row: int, step: int) -> None:
         """Write the text of this step into row `row`."""
         num_segments, segment_len = window.tokens.shape[1:]
-        sample = self.source.draw(step, self.number, num_segments * segment_len, segment_len)
+        sample = self.source.draw(step, self.number, num_segments, segment_len)
         tokens = np.concatenate([sample.tokens, sample.answer])
         size, question = len(tokens), len(sample.tokens)
         flat = {name: getattr(window, name)[row].reshape(-1) for name in ("tokens", "labels", "weights", "is_answer")}
@@ -216,19 +216,33 @@ class RecallSource:
         self.shortest = recall.shortest_text(tokenizer)  # tokens, without the answer
         self.longest_answer = recall.longest_answer(tokenizer)
 
-    def draw(self, step: int, lane: int, max_len: int, spread: int) -> recall.RecallSample:
-        """A text of at most `max_len` tokens with its answer, less than `spread` shorter: the end falls anywhere."""
+    def draw(self, step: int, lane: int, num_segments: int, segment_len: int) -> recall.RecallSample:
+        """A text that ends, with its answer, anywhere in the last of `num_segments` segments.
+
+        Where there is room the fact stands before the segment in which the answer begins, so that only memory
+        brings it there.
+        """
         generator = np.random.default_rng((self.seed, step, lane))
-        longest = max_len - self.longest_answer
-        shortest = max(self.shortest, longest - spread + 1)
+        longest = num_segments * segment_len - self.longest_answer
+        shortest = max(self.shortest, longest - segment_len + 1)
         if shortest > longest:
             raise InputError(
-                f"a window of {max_len} tokens is too short for a planted fact and its question ({self.shortest} "
-                "tokens and the answer); use longer segments or begin the curriculum with more of them"
+                f"a window of {num_segments} segments of {segment_len} tokens is too short for a planted fact and its "
+                f"question ({self.shortest} tokens and the answer); use longer segments, or more of them at first "
+                "(curriculum.num_segments) with curriculum.vary no"
             )
         length = int(generator.integers(shortest, longest + 1))
-        seed = int(generator.integers(2**62))
-        return next(iter(recall.samples(self.tokenizer, self.background, length=length, num=1, seed=seed)))
+        answering = (length - 1) // segment_len * segment_len  # where the answer's segment begins
+        latest = answering - self.shortest + 1
+        drawn = recall.samples(
+            self.tokenizer,
+            self.background,
+            length=length,
+            num=1,
+            seed=int(generator.integers(2**62)),
+            latest=latest if latest > 0 else None,
+        )
+        return next(drawn)
 
 
 def store_prose(store: Reads) -> recall.Background:

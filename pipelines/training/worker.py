@@ -64,7 +64,7 @@ def make_lanes(config: TrainConfig, store: SegmentStore | BookStore, tokenizer: 
     )
     if num_recall:  # what cannot be drawn is refused now, and what cannot be planned below
         shortest = 1 if config.curriculum.vary else min(config.curriculum.num_segments)
-        facts.draw(0, 0, shortest * store.segment_len, store.segment_len)
+        facts.draw(0, 0, shortest, store.segment_len)
     lanes: list[Any] = [data.RecallLane(facts, number) for number in range(num_recall)]
     num_documents = config.batch_size - num_recall
     if num_documents:
