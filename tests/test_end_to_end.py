@@ -1,8 +1,7 @@
 """The whole path as a user walks it: the demo's stages, each a command, from a directory that is not the project's.
 
 The demo runs once, with few steps and a private Ray a stage, under the environment that a user has: Ray's
-authentication is not switched off. Its commands, as it shows them, are then given again as installed programs from a
-third directory.
+authentication is not switched off. Its commands, as it shows them, are then given again from a third directory.
 """
 
 import json
@@ -11,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import pytest
 
 import rmt_core
 from pipelines.data.store import SegmentStore
-from pipelines.recipes import RECIPES
+from pipelines.demo import main
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
@@ -125,31 +125,39 @@ def test_summaries_are_rows_that_name_the_model(demo: Demo) -> None:
 
 
 @pytest.mark.parametrize("job", STAGES)
-def test_the_same_command_elsewhere_does_nothing_and_prints_the_same(job: str, demo: Demo, tmp_path: Path) -> None:
-    """As an installed program, with paths relative to where it is given."""
+def test_the_same_command_elsewhere_does_nothing_and_prints_the_same(
+    job: str, demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the installed program does it, with paths relative to where it is given."""
     (words,) = (words for words in commands(demo) if words[:2] == ["python", f"pipelines/{job}.py"])
     output = words[words.index("--output") + 1]
     before = {path: path.stat().st_mtime_ns for path in Path(output).rglob("*")}
     relative = [os.path.relpath(word, tmp_path) if word.startswith("/") else word for word in words[2:]]
-    done = run([str(Path(sys.executable).parent / f"rmt-{job}"), *relative], tmp_path)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert "nothing to do" in done.stderr
-    (line,) = done.stdout.splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert EntryPoint(job, f"pipelines.{job}:main", "console_scripts").load()(relative) == 0
+    out, err = capfd.readouterr()
+    assert "nothing to do" in err
+    (line,) = out.splitlines()
     result = json.loads(line)
     assert set(result) >= STAGES[job]
     assert result["output"] == output
     assert {path: path.stat().st_mtime_ns for path in Path(output).rglob("*")} == before
 
 
-def test_a_failing_stage_ends_the_demo_with_its_exit_code(tmp_path: Path) -> None:
+def test_an_installed_program_does_it_too(demo: Demo, tmp_path: Path) -> None:
+    (words,) = (words for words in commands(demo) if words[:2] == ["python", "pipelines/prepare.py"])
+    done = run([str(Path(sys.executable).parent / "rmt-prepare"), *words[2:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert json.loads(done.stdout)["output"] == str(demo.folder / "store")
+
+
+def test_a_failing_stage_ends_the_demo_with_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "store").write_text("in the way")
-    done = run([sys.executable, str(ROOT / "pipelines" / "demo.py"), "--output", str(tmp_path)], tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "prepare: error: " in done.stderr
-    assert "prepare ended with exit code 2" in done.stderr
-    assert "[2/4]" not in done.stderr
-
-
-def test_the_demo_has_a_recipe() -> None:
-    assert "demo" in RECIPES
+    with pytest.raises(SystemExit) as ended:
+        main(["--output", str(tmp_path)])
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "prepare: error: " in err
+    assert "prepare ended with exit code 2" in err
+    assert "[2/4]" not in err
