@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .memory.base import Block, Context, Dimensions, take
+from .memory.base import Attention, Block, Context, Dimensions, Heads, take, weave
 
 Angles = Any  # what a family's rotary embedding gives: a pair (cos, sin), one pair a layer type, or None
 
@@ -39,12 +41,10 @@ class Family:
     def angles(self, lm: Any, h: Tensor, positions: Tensor) -> Angles:
         return lm.model.rotary_emb(h, position_ids=positions)
 
-    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, mask: Tensor | None, kv: Any) -> Tensor:
-        """h (B, S, D) + attention(norm(h))."""
+    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, settings: dict[str, Any]) -> Tensor:
+        """h (B, S, D) + attention(norm(h)); `settings` are keywords of the family's attention module."""
         module = lm.model.layers[layer]
-        out, _ = module.self_attn(
-            module.input_layernorm(h), position_embeddings=angles, attention_mask=mask, past_key_values=kv
-        )
+        out, _ = module.self_attn(module.input_layernorm(h), position_embeddings=angles, **settings)
         return h + out
 
     def feed_forward(self, lm: Any, layer: int, h: Tensor) -> Tensor:
@@ -71,14 +71,10 @@ class Gemma3Family(Family):
         kinds = sorted(set(lm.config.layer_types))
         return {kind: lm.model.rotary_emb(h, positions, kind) for kind in kinds}
 
-    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, mask: Tensor | None, kv: Any) -> Tensor:
+    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, settings: dict[str, Any]) -> Tensor:
         module = lm.model.layers[layer]
-        out, _ = module.self_attn(
-            module.input_layernorm(h),
-            position_embeddings=angles[lm.config.layer_types[layer]],
-            attention_mask=mask,
-            past_key_values=kv,
-        )
+        own_angles = angles[lm.config.layer_types[layer]]
+        out, _ = module.self_attn(module.input_layernorm(h), position_embeddings=own_angles, **settings)
         return h + module.post_attention_layernorm(out)
 
     def feed_forward(self, lm: Any, layer: int, h: Tensor) -> Tensor:
@@ -111,9 +107,9 @@ class GPT2Family(Family):
     def angles(self, lm: Any, h: Tensor, positions: Tensor) -> Angles:
         return None
 
-    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, mask: Tensor | None, kv: Any) -> Tensor:
+    def attention(self, lm: Any, layer: int, h: Tensor, angles: Angles, settings: dict[str, Any]) -> Tensor:
         module = lm.transformer.h[layer]
-        out, _ = module.attn(module.ln_1(h), attention_mask=mask, past_key_values=kv)
+        out, _ = module.attn(module.ln_1(h), **settings)
         return h + out
 
     def feed_forward(self, lm: Any, layer: int, h: Tensor) -> Tensor:
@@ -153,10 +149,8 @@ class Backbone(nn.Module):
         self.family = family_of(lm.config)
         self.dimensions = _dimensions(lm, self.family)
         attention: str = lm.config._attn_implementation
-        if attention != "sdpa":
-            raise ValueError(
-                f"attn_implementation is {attention!r}; only 'sdpa' is causal without a mask: load with it"
-            )
+        if attention != ATTENTION:
+            raise ValueError(f"attn_implementation is {attention!r}; load the model with {ATTENTION!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -195,17 +189,24 @@ class Backbone(nn.Module):
     def _block(self, layer: int, angles: Angles, placement: Placement) -> Block:
         family, lm = self.family, self.lm
 
-        def attend(h: Tensor) -> Tensor:
-            return family.attention(lm, layer, h, _first(angles, h.shape[1]), placement.mask, placement.kv)
+        def attend(h: Tensor, attention: Attention | None) -> Tensor:
+            settings = {"attention_mask": placement.mask, "past_key_values": placement.kv}
+            if attention is not None:
+                settings["instead"] = attention
+            return family.attention(lm, layer, h, _first(angles, h.shape[1]), settings)
 
         def run(
-            h: Tensor, *, context: Context | None = None, between: Callable[[Tensor], Tensor] | None = None
+            h: Tensor,
+            *,
+            context: Context | None = None,
+            between: Callable[[Tensor], Tensor] | None = None,
+            attention: Attention | None = None,
         ) -> Tensor:
             if context is None:
-                h = attend(h)
+                h = attend(h, attention)
             else:
-                seen, own = _weave(context, h)
-                h = take(attend(seen), own)
+                seen, own = weave(context, h)
+                h = take(attend(seen, attention), own)
             if between is not None:
                 h = between(h)
             return family.feed_forward(lm, layer, h)
@@ -232,18 +233,39 @@ def _first(angles: Angles, length: int) -> Angles:
     return None if angles is None else tuple(part[:, :length] for part in angles)
 
 
-def _weave(context: Context, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Context and segment as one causal sequence, (B, P + S, D), and where the segment's rows stand in it, (B, S).
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    instead: Attention | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: the fast kernel, or `instead` of it what a memory computes.
 
-    A row is `[valid context | segment | unused context]`: what is unused comes last, where a causal flag hides it, so
-    that caches filled to different lengths need no mask. The context's own outputs are dropped by the caller.
+    query (B, H, N, D / H), key and value with as many heads or fewer; gives (B, N, H, D / H).
     """
-    num_context, num_rows = context.rows.shape[1], h.shape[1]
-    filled = context.filled[:, None]
-    at = torch.arange(num_context + num_rows, device=h.device)
-    index = torch.where(at < filled, at, torch.where(at < filled + num_rows, at - filled + num_context, at - num_rows))
-    own = filled + torch.arange(num_rows, device=h.device)
-    return take(torch.cat([context.rows, h], dim=1), index), own
+    if instead is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    groups = query.shape[1] // key.shape[1]
+    heads = Heads(
+        query,
+        key.repeat_interleave(groups, dim=1) if groups > 1 else key,
+        value.repeat_interleave(groups, dim=1) if groups > 1 else value,
+        settings["scaling"] if settings.get("scaling") is not None else query.shape[-1] ** -0.5,
+        settings.get("dropout", 0.0),
+        attention_mask,
+    )
+    return instead(heads).transpose(1, 2), None
+
+
+ATTENTION = "rmt_core"  # under this name transformers finds `_attend`; its own forward of a loaded model uses it too
+
+
+def _make_attention_known() -> None:
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -279,10 +301,11 @@ def load_lm(source: str | Path | dict[str, Any] | PretrainedConfig, dtype: torch
     """The causal LM: weights from a directory, or random ones for a configuration."""
     config = config_from(source)
     family_of(config)
+    _make_attention_known()
     if not isinstance(source, str | Path):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
     lm, report = AutoModelForCausalLM.from_pretrained(
-        str(source), local_files_only=True, attn_implementation="sdpa", dtype=dtype, output_loading_info=True
+        str(source), local_files_only=True, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:

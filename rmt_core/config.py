@@ -85,9 +85,21 @@ def _one(item: Any) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in fields:
             raise ValueError(f"memory {kind!r} has no setting {name!r}; {_hint(name, fields, 'it has ')}")
-        if fields[name].type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"memory.{name} is {value!r}; it must be a whole number")
+        what, types = _KNOWN_TYPES.get(fields[name].type, ("", ()))
+        if what and (isinstance(value, bool) != (types is bool) or not isinstance(value, types)):
+            raise ValueError(f"memory.{name} is {value!r}; it must be {what}")
+        if isinstance(value, list):  # JSON has no tuples
+            settings[name] = tuple(value)
     return {"kind": kind, **dataclasses.asdict(MEMORIES[kind].Config(**settings))}
+
+
+# Types of settings that are checked here; a memory's own configuration checks the others, and all ranges.
+_KNOWN_TYPES: dict[Any, tuple[str, Any]] = {
+    int: ("a whole number", int),
+    float: ("a number", (int, float)),
+    bool: ("true or false", bool),
+    str: ("a word", str),
+}
 
 
 def _hint(name: object, known: Iterable[str], lead: str) -> str:

@@ -175,6 +175,7 @@ class _Decoder:
         self.model = model
         self.state, self.tokens, self.lengths, self.hidden, self.num_read = session
         self.tokens = self.tokens.clone()  # edited in place below; the caller's session stays as it was
+        self.within = self.state  # as it runs within the open segment, of memories that have such a state
         self.key_values: _KeyValues | None = None
         self.stale = torch.ones_like(self.lengths, dtype=torch.bool)  # rows whose keys and values are not there
 
@@ -233,16 +234,18 @@ class _Decoder:
         kept = self._kept()
         kept.rows, kept.at = rows, None
         if size == 0 and model.memory.rows_before == 0 and model.memory.context_len == 0:
+            self._keep_within(rows, states.select(self.state, rows))
             return  # nothing stands before the first token
         memory = model.memory
         segment = Segment(size, lengths, memory.rows_before, stage="open")
         reach = torch.arange(size + memory.rows_before + memory.context_len, device=rows.device)
-        hidden, _ = model.read(
+        hidden, within = model.read(
             self.tokens[rows, :size],
             states.select(self.state, rows),
             segment,
             Placement(reach[None], kv=kept),
         )
+        self._keep_within(rows, within)
         if size:
             last = hidden[torch.arange(len(rows), device=rows.device), (lengths - 1).clamp(min=0)]
             last = torch.where((lengths > 0)[:, None], last, self.hidden[rows])
@@ -255,13 +258,19 @@ class _Decoder:
         kept.rows, kept.at = rows, at
         seen = torch.arange(kept.capacity, device=rows.device) <= at[:, None]  # (rows, C)
         segment = Segment(1, None, 0, stage="extend")
-        hidden, _ = model.read(
+        state = self.within if model.memory.runs_within else self.state
+        hidden, within = model.read(
             self.tokens[rows, self.lengths[rows]][:, None],
-            states.select(self.state, rows),
+            states.select(state, rows),
             segment,
             Placement(at[:, None], mask=seen[:, None, None], kv=kept),
         )
+        self._keep_within(rows, within)
         self.hidden = self.hidden.index_copy(0, rows, hidden[:, 0])
+
+    def _keep_within(self, rows: Tensor, within: State) -> None:
+        if self.model.memory.runs_within:
+            self.within = states.place(self.within, rows, within)
 
     def _context_filled(self, rows: Tensor) -> Tensor | int:
         """Valid context positions of some rows, (rows,)."""

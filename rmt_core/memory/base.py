@@ -1,11 +1,12 @@
 """What a memory is: four hooks around a backbone, and the state that it carries between segments.
 
-Axes: B rows, T tokens of a segment, S positions that a layer sees (T plus memory), P positions of context, D width.
+Axes: B rows, T tokens of a segment, S positions that a layer sees (T plus memory), P positions of context, M rows of
+memory, D width, H heads.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ class Segment:
     """One step's facts, the same for every hook.
 
     `stage` is "close" for a whole segment, which reads and writes the memory. While a segment is still being decoded
-    the memory is only read: "open" for the tokens so far, "extend" for one more token after them.
+    the memory is only read: "open" for the tokens so far, "extend" for one more token after them. What the hooks give
+    back as the state is then dropped, unless the memory `runs_within`: then "open" gives the state as it runs within
+    the segment, which the next "extend" is given and continues.
     """
 
     text_len: int  # T, the longest row's tokens; of shorter rows the rest is padding
@@ -41,6 +44,12 @@ class Segment:
     @property
     def writes(self) -> bool:
         return self.stage == "close"
+
+    def text(self, h: Tensor) -> Tensor:
+        """Which rows of h (B, S, D) are real tokens, (B, S) bool: neither memories' rows nor padding."""
+        at = torch.arange(h.shape[1], device=h.device).expand(h.shape[0], -1)
+        lengths = self.text_len if self.lengths is None else self.lengths[:, None]
+        return (at >= self.text_start) & (at < self.text_start + lengths)
 
     def enclosed(self, num_rows: int) -> "Segment":
         """The segment as an outer memory's `enter` and `leave` see it: with inner memories' rows in the text."""
@@ -55,15 +64,34 @@ class Context(NamedTuple):
     filled: Tensor  # (B,) int64, how many of the P rows are valid
 
 
+class Heads(NamedTuple):
+    """What attention is computed from: the layer's projections, rotated where the family has rotary positions."""
+
+    queries: Tensor  # (B, H, N, D / H)
+    keys: Tensor  # (B, H, C, D / H), as many heads as queries
+    values: Tensor  # (B, H, C, D / H)
+    scale: float  # of the logits
+    dropout: float  # of the weights; 0 outside training
+    mask: Tensor | None  # (B, 1, 1, C), true where a token that is being decoded sees a key; else None: causal
+
+
+Attention: TypeAlias = Callable[[Heads], Tensor]  # -> (B, H, N, D / H)
+
+
 class Block(Protocol):
     """One decoder layer: h (B, S, D) -> (B, S, D), attention then feed-forward, each with its residual.
 
     `context` lets attention see further rows before the segment; `between` maps h after attention, before the
-    feed-forward part.
+    feed-forward part; `attention` stands in for causal attention, and sees the context's rows too.
     """
 
     def __call__(
-        self, h: Tensor, *, context: Context | None = None, between: Callable[[Tensor], Tensor] | None = None
+        self,
+        h: Tensor,
+        *,
+        context: Context | None = None,
+        between: Callable[[Tensor], Tensor] | None = None,
+        attention: Attention | None = None,
     ) -> Tensor: ...
 
 
@@ -77,6 +105,9 @@ class Memory(nn.Module):
     Config: ClassVar[type[Any]]  # a frozen dataclass of the memory's settings, checked in its __post_init__
     layer_local: ClassVar[bool] = True  # layer l of a segment needs only layer l of the segment before
     needs_relative_positions: ClassVar[bool] = False
+    runs_within: ClassVar[bool] = (
+        False  # a token's reading depends on the open segment's tokens before it (see `Segment`)
+    )
 
     rows_before: int = 0  # rows that `enter` puts before the text
     rows_after: int = 0  # rows that `enter` puts after the text when the segment closes
@@ -86,6 +117,9 @@ class Memory(nn.Module):
         super().__init__()
         self.config = config
         self.dimensions = dimensions
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    anchor: Tensor  # empty: the device and type of states that no parameter gives
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first segment."""
@@ -108,6 +142,53 @@ class Memory(nn.Module):
         return h, state
 
 
+def at_least(minimum: float, settings: Any, *names: str) -> None:
+    """A ValueError where a setting of a memory is below `minimum`."""
+    for name in names:
+        if not getattr(settings, name) >= minimum:
+            raise ValueError(f"memory.{name} is {getattr(settings, name)}; it must be at least {minimum}")
+
+
+class LayerMemory(nn.Module):
+    """What a layer-local memory does at one layer: its parameters and the shape of that layer's state."""
+
+    anchor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    def init_state(self, batch_size: int) -> State:
+        """The layer's state before the first segment."""
+        return ()
+
+    def forward(self, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
+        """Run the layer on h (B, S, D); its state goes in and comes out."""
+        return block(h), state
+
+
+class LayerwiseMemory(Memory):
+    """A layer-local memory: one `LayerMemory` a layer in `layers`; the state is the tuple of theirs.
+
+    Nothing passes between layers but h, and nothing between segments but a layer's own state, so that cells of
+    different segments and layers can run together.
+    """
+
+    layers: nn.ModuleList
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(self._layer(i).init_state(batch_size) for i in range(len(self.layers)))
+
+    def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
+        h, new = self.layers[layer](h, block, state[layer], segment)
+        return h, (*state[:layer], new, *state[layer + 1 :])
+
+    def _layer(self, layer: int) -> LayerMemory:
+        module = self.layers[layer]
+        assert isinstance(module, LayerMemory)
+        return module
+
+
 class LearnedRows(nn.Module):
     """Rows (M, D) that are learned, given to each row of a batch.
 
@@ -128,6 +209,39 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def put(states: tuple[State, ...], layer: int, state: State) -> tuple[State, ...]:
-    """`states`, one a layer, with that of `layer` replaced."""
-    return (*states[:layer], state, *states[layer + 1 :])
+def weave(context: Context, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Context and segment as one causal sequence, (B, P + S, D), and where the segment's rows stand in it, (B, S).
+
+    A row is `[valid context | segment | unused context]`: what is unused comes last, where a causal flag hides it, so
+    that caches filled to different lengths need no mask. The context's own outputs are dropped by the caller.
+    """
+    num_context, num_rows = context.rows.shape[1], h.shape[1]
+    filled = context.filled[:, None]
+    at = torch.arange(num_context + num_rows, device=h.device)
+    index = torch.where(at < filled, at, torch.where(at < filled + num_rows, at - filled + num_context, at - num_rows))
+    own = filled + torch.arange(num_rows, device=h.device)
+    return take(torch.cat([context.rows, h], dim=1), index), own
+
+
+def append_rows(x: Tensor, tail: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, T, D) followed by tail (B, M, D): (B, T + M, D).
+
+    In a row that is shorter than T the tail follows its `lengths` (B,) real rows and padding comes last, so that under
+    a causal flag nobody sees padding.
+    """
+    rows = torch.cat([x, tail], dim=1)
+    if lengths is None:
+        return rows
+    num_text, num_tail = x.shape[1], tail.shape[1]
+    at = torch.arange(num_text + num_tail, device=x.device).expand(len(lengths), -1)
+    length = lengths[:, None]
+    moved = torch.where(at < length + num_tail, at + num_text - length, at - num_tail)
+    return take(rows, torch.where(at < length, at, moved))
+
+
+def split_rows(h: Tensor, num_tail: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `append_rows` put together: (B, T, D), without meaning at padding, and the tail (B, M, D)."""
+    num_text = h.shape[1] - num_tail
+    if lengths is None:
+        return h[:, :num_text], h[:, num_text:]
+    return h[:, :num_text], take(h, lengths[:, None] + torch.arange(num_tail, device=h.device))

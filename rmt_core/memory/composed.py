@@ -4,11 +4,14 @@ Axes: B rows, T tokens of a segment, S positions that a layer sees, D width.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ..state import State
-from .base import Block, Context, Dimensions, Memory, Segment
+from .base import Attention, Block, Context, Dimensions, Memory, Segment
+
+T = TypeVar("T")
 
 
 class ComposedMemory(Memory):
@@ -22,6 +25,7 @@ class ComposedMemory(Memory):
         self.members = nn.ModuleList(members)
         self.layer_local = all(member.layer_local for member in members)  # type: ignore[misc]
         self.needs_relative_positions = any(member.needs_relative_positions for member in members)  # type: ignore[misc]
+        self.runs_within = any(member.runs_within for member in members)  # type: ignore[misc]
         self.rows_before = sum(member.rows_before for member in members)
         self.rows_after = sum(member.rows_after for member in members)
         self.context_len = sum(member.context_len for member in members)
@@ -65,8 +69,10 @@ class ComposedMemory(Memory):
                 *,
                 context: Context | None = None,
                 between: Callable[[Tensor], Tensor] | None = None,
+                attention: Attention | None = None,
             ) -> Tensor:
-                out, parts[i] = members[i].around(layer, h, _with(nested(i + 1), context, between), parts[i], segment)
+                inner = _with(nested(i + 1), context, between, attention)
+                out, parts[i] = members[i].around(layer, h, inner, parts[i], segment)
                 return out
 
             return run
@@ -81,18 +87,23 @@ class ComposedMemory(Memory):
         return h, tuple(parts)
 
 
-def _with(block: Block, context: Context | None, between: Callable[[Tensor], Tensor] | None) -> Block:
-    """`block` with an outer member's context and map added to those of its caller."""
-    if context is None and between is None:
+def _with(
+    block: Block,
+    outer_context: Context | None,
+    outer_between: Callable[[Tensor], Tensor] | None,
+    outer_attention: Attention | None,
+) -> Block:
+    """`block` with what an outer member asks of it added to what its caller asks."""
+    if outer_context is None and outer_between is None and outer_attention is None:
         return block
 
-    outer_context, outer_between = context, between
-
     def joined(
-        h: Tensor, *, context: Context | None = None, between: Callable[[Tensor], Tensor] | None = None
+        h: Tensor,
+        *,
+        context: Context | None = None,
+        between: Callable[[Tensor], Tensor] | None = None,
+        attention: Attention | None = None,
     ) -> Tensor:
-        if context is not None and outer_context is not None:
-            raise ValueError("two memories of one composition both extend attention; use one of them")
         maps = [m for m in (between, outer_between) if m is not None]
 
         def both(x: Tensor) -> Tensor:
@@ -100,6 +111,18 @@ def _with(block: Block, context: Context | None, between: Callable[[Tensor], Ten
                 x = m(x)
             return x
 
-        return block(h, context=context if outer_context is None else outer_context, between=both if maps else None)
+        return block(
+            h,
+            context=_only(context, outer_context, "extend"),
+            between=both if maps else None,
+            attention=_only(attention, outer_attention, "compute"),
+        )
 
     return joined
+
+
+def _only(inner: T | None, outer: T | None, doing: str) -> T | None:
+    """The one of the two that is there."""
+    if inner is not None and outer is not None:
+        raise ValueError(f"two memories of one composition both {doing} attention; use one of them")
+    return outer if inner is None else inner

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from ..state import State
-from .base import Dimensions, LearnedRows, Memory, Segment, take
+from .base import Dimensions, LearnedRows, Memory, Segment, append_rows, at_least, split_rows
 
 
 @dataclass(frozen=True)
 class RMTConfig:
     """Settings of the Recurrent Memory Transformer."""
 
-    num_tokens: int = 8  # memory tokens; they take 2 x num_tokens positions of each segment
+    num_tokens: int = 8  # memory tokens, 2 x num_tokens positions of each segment; 0 is the plain backbone
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"memory.num_tokens is {self.num_tokens}; it must be at least 1")
+        at_least(0, self, "num_tokens")
 
 
 class RMTMemory(Memory):
@@ -46,12 +45,8 @@ class RMTMemory(Memory):
     def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
         if segment.stage == "extend":
             return x
-        if not segment.writes:
-            return torch.cat([state, x], dim=1)
-        rows = torch.cat([state, x, state], dim=1)  # (B, S, D)
-        if segment.lengths is None:
-            return rows
-        return take(rows, self._write_early(segment.lengths, x.shape[1]))
+        text = append_rows(x, state, segment.lengths) if segment.writes else x
+        return torch.cat([state, text], dim=1)  # (B, S, D)
 
     def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
         m = self.rows_before
@@ -59,16 +54,4 @@ class RMTMemory(Memory):
             return h, state
         if not segment.writes:
             return h[:, m:], state
-        if segment.lengths is None:
-            return h[:, m:-m], h[:, -m:]
-        written = segment.lengths[:, None] + torch.arange(m, 2 * m, device=h.device)  # (B, M)
-        return h[:, m:-m], take(h, written)
-
-    def _write_early(self, lengths: Tensor, num_text: int) -> Tensor:
-        """Index (B, S) that moves the write tokens to just after `lengths` (B,) real rows, padding to the end."""
-        m = self.rows_before
-        at = torch.arange(num_text + 2 * m, device=lengths.device).expand(len(lengths), -1)  # (B, S)
-        text_end = lengths[:, None] + m
-        padding = num_text - lengths[:, None]
-        moved = torch.where(at < text_end + m, at + padding, at - m)
-        return torch.where(at < text_end, at, moved)
+        return split_rows(h[:, m:], m, segment.lengths)

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rmt_core
 from rmt_core.backbone import FAMILIES as SUPPORTED
-from rmt_core.backbone import Backbone
+from rmt_core.backbone import Backbone, Placement
+from rmt_core.memory.base import Context, Heads
 
 from .tiny import FAMILIES, MEMORIES, close, next_labels, stir, tiny_config, tiny_model, tokens_like
 
@@ -118,8 +120,28 @@ def test_a_variant_that_attention_would_get_wrong_is_refused(family: str, change
 
 def test_attention_that_would_need_a_mask_is_refused() -> None:
     lm = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="eager")
-    with pytest.raises(ValueError, match="'eager'; only 'sdpa'"):
+    with pytest.raises(ValueError, match="'eager'; load the model with 'rmt_core'"):
         Backbone(lm)
+
+
+def naive_attention(heads: Heads) -> Tensor:
+    """Causal attention from its equation."""
+    logits = heads.queries @ heads.keys.mT * heads.scale
+    future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+    return logits.masked_fill(future, -torch.inf).softmax(-1) @ heads.values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_can_be_computed_by_somebody_else(family: str) -> None:
+    """A block gives its projections away, and takes what was made of them as its attention."""
+    backbone = tiny_model("none", family, segment_len=12).backbone
+    h = torch.randn(3, 9, 32, dtype=torch.float64)
+    block = backbone.blocks(h, Placement(torch.arange(14)[None]))[1]
+    assert close(block(h, attention=naive_attention), block(h))
+    assert not close(block(h, attention=lambda heads: heads.values), block(h))
+    if backbone.family.has_relative_positions:
+        context = Context(torch.randn(3, 5, 32, dtype=torch.float64), torch.tensor([5, 0, 3]))
+        assert close(block(h, context=context, attention=naive_attention), block(h, context=context))
 
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def naive_rmt(model: RecurrentModel, text: Tensor) -> Read:
         rows = torch.cat([memory, embedded, memory])
         h = body(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0]
         hidden.append(h[m : m + len(segment)])
-        memory = h[-m:]
+        memory = h[len(h) - m :]
     return Read(torch.cat(hidden), memory)
 
 
@@ -84,7 +84,7 @@ def test_the_state_starts_as_the_learned_tokens() -> None:
     assert not close(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("num_tokens", [0, -1, 2.0, True, "3"])
+@pytest.mark.parametrize("num_tokens", [-1, 2.0, True, "3"])
 def test_a_number_of_memory_tokens_that_is_none_is_refused(num_tokens: Any) -> None:
     with pytest.raises(ValueError, match=r"memory\.num_tokens is .*; it must be"):
         tiny_model({"kind": "rmt", "num_tokens": num_tokens})
