@@ -3,6 +3,7 @@
 from .base import Memory
 from .none import NoMemory
 from .rmt import RMTMemory
+from .slots import MemformerMemory
 from .xl import XLMemory
 
-MEMORIES: dict[str, type[Memory]] = {"none": NoMemory, "rmt": RMTMemory, "xl": XLMemory}
+MEMORIES: dict[str, type[Memory]] = {"none": NoMemory, "rmt": RMTMemory, "xl": XLMemory, "memformer": MemformerMemory}

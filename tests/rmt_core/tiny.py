@@ -17,7 +17,17 @@ VOCAB = 23
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "gpt2")
 RMT = {"kind": "rmt", "num_tokens": 3}
 XL = {"kind": "xl", "cache_len": 8}
-MEMORIES: dict[str, Any] = {"none": "none", "rmt": RMT, "xl": XL, "xl+rmt": [XL, RMT], "rmt+xl": [RMT, XL]}
+MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
+MEMORIES: dict[str, Any] = {
+    "none": "none",
+    "rmt": RMT,
+    "xl": XL,
+    "xl+rmt": [XL, RMT],
+    "rmt+xl": [RMT, XL],
+    "memformer": MEMFORMER,
+    "xl+memformer": [XL, MEMFORMER],
+    "memformer+rmt": [MEMFORMER, RMT],
+}
 
 # Where a family has something of its own, the tiny configuration uses it.
 SPECIAL: dict[str, dict[str, Any]] = {
