@@ -1,9 +1,9 @@
 """The memories by name: the only place that names them all."""
 
+from .associative import ARMTMemory
 from .base import Memory
 from .none import NoMemory
 from .rmt import RMTMemory
-from .slots import MemformerMemory
 from .xl import XLMemory
 
-MEMORIES: dict[str, type[Memory]] = {"none": NoMemory, "rmt": RMTMemory, "xl": XLMemory, "memformer": MemformerMemory}
+MEMORIES: dict[str, type[Memory]] = {"none": NoMemory, "rmt": RMTMemory, "xl": XLMemory, "armt": ARMTMemory}

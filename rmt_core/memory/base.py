@@ -37,6 +37,7 @@ class Segment:
     text_len: int  # T, the longest row's tokens; of shorter rows the rest is padding
     lengths: Tensor | None = None  # (B,) tokens of each row; None where all have text_len
     text_start: int = 0  # rows that memories have put before the text
+    rows_between: int = 0  # in `around`: inner memories' rows between the text and this memory's own rows after it
     stage: str = "close"
     generator: torch.Generator | None = None  # for memories that sample
     aux: list[Tensor] = field(default_factory=list)  # auxiliary losses, () each, added by the hooks of this step
@@ -50,6 +51,13 @@ class Segment:
         at = torch.arange(h.shape[1], device=h.device).expand(h.shape[0], -1)
         lengths = self.text_len if self.lengths is None else self.lengths[:, None]
         return (at >= self.text_start) & (at < self.text_start + lengths)
+
+    def tail(self, h: Tensor, num_rows: int) -> Tensor:
+        """The memory's own M rows after the text, (B, M, D) of h (B, S, D); only where it put them: when it writes."""
+        start = self.text_start + self.rows_between
+        if self.lengths is None:
+            return h[:, start + self.text_len : start + self.text_len + num_rows]
+        return take(h, (self.lengths + start)[:, None] + torch.arange(num_rows, device=h.device))
 
     def enclosed(self, num_rows: int) -> "Segment":
         """The segment as an outer memory's `enter` and `leave` see it: with inner memories' rows in the text."""

@@ -4,6 +4,7 @@ Axes: B rows, T tokens of a segment, S positions that a layer sees, D width.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class ComposedMemory(Memory):
 
     def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
         members, parts = self._memories(), list(state)
+        inner = [sum(member.rows_after for member in members[:i]) for i in range(len(members))]
 
         def nested(i: int) -> Block:
             """The layer as member i - 1 sees it: run by member i and those after it."""
@@ -71,8 +73,9 @@ class ComposedMemory(Memory):
                 between: Callable[[Tensor], Tensor] | None = None,
                 attention: Attention | None = None,
             ) -> Tensor:
-                inner = _with(nested(i + 1), context, between, attention)
-                out, parts[i] = members[i].around(layer, h, inner, parts[i], segment)
+                within = _with(nested(i + 1), context, between, attention)
+                seen = replace(segment, rows_between=inner[i])
+                out, parts[i] = members[i].around(layer, h, within, parts[i], seen)
                 return out
 
             return run
