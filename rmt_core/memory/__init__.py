@@ -4,6 +4,13 @@ from .associative import ARMTMemory
 from .base import Memory
 from .none import NoMemory
 from .rmt import RMTMemory
+from .slots import MemformerMemory
 from .xl import XLMemory
 
-MEMORIES: dict[str, type[Memory]] = {"none": NoMemory, "rmt": RMTMemory, "xl": XLMemory, "armt": ARMTMemory}
+MEMORIES: dict[str, type[Memory]] = {
+    "none": NoMemory,
+    "rmt": RMTMemory,
+    "xl": XLMemory,
+    "memformer": MemformerMemory,
+    "armt": ARMTMemory,
+}

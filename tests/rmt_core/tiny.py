@@ -17,6 +17,7 @@ VOCAB = 23
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "gpt2")
 RMT = {"kind": "rmt", "num_tokens": 3}
 XL = {"kind": "xl", "cache_len": 8}
+MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
 ARMT = {"kind": "armt", "num_tokens": 3, "key_width": 8}
 MEMORIES: dict[str, Any] = {
     "none": "none",
@@ -24,6 +25,9 @@ MEMORIES: dict[str, Any] = {
     "xl": XL,
     "xl+rmt": [XL, RMT],
     "rmt+xl": [RMT, XL],
+    "memformer": MEMFORMER,
+    "xl+memformer": [XL, MEMFORMER],
+    "memformer+rmt": [MEMFORMER, RMT],
     "armt": ARMT,
     "xl+armt": [XL, ARMT],
 }
