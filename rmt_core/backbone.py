@@ -6,6 +6,8 @@ token, where the rows of a batch have keys of different number.
 Axes: B rows, T tokens, S positions that a layer sees, P positions of context, D width, V vocabulary.
 """
 
+from __future__ import annotations  # torch.compile cannot evaluate those of functions made while it traces
+
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -6,6 +6,7 @@ A state's shapes never change from one segment to the next, and nothing here edi
 Axes: B rows.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 
 State = Any  # Tensor | tuple[State, ...] | dict[str, State]; recursive aliases defeat the type checkers in use
 
-FORMAT = "rmt-state-1"
+FORMAT = "rmt-state-2"
+UNSEALED = "0" * 64  # stands where the hash of all other bytes comes
 
 
 def tree_map(function: Callable[..., Tensor], state: State, *others: State) -> State:
@@ -106,7 +108,7 @@ def norm(state: State) -> Tensor:
 
 
 def to_bytes(state: State, fingerprint: str) -> bytes:
-    """The state as a safetensors file that names the model (`fingerprint`) it belongs to."""
+    """The state as a safetensors file that names the model (`fingerprint`) it belongs to, sealed by a hash."""
     tensors: dict[str, Tensor] = {}
 
     def shape_of(part: State) -> Any:
@@ -120,26 +122,41 @@ def to_bytes(state: State, fingerprint: str) -> bytes:
             return {key: shape_of(part[key]) for key in part}
         raise TypeError(f"a state holds tensors, tuples and dictionaries, not {type(part).__name__}")
 
-    about = {"format": FORMAT, "fingerprint": fingerprint, "tree": shape_of(state)}
-    return save_tensors(tensors, metadata={"state": json.dumps(about)})  # one entry: several have no fixed order
+    about = {"sha256": UNSEALED, "format": FORMAT, "fingerprint": fingerprint, "tree": shape_of(state)}
+    data = save_tensors(tensors, metadata={"state": json.dumps(about)})  # one entry: several have no fixed order
+    return seal(data)
+
+
+def seal(data: bytes) -> bytes:
+    """The file with the hash of all its other bytes in the place that is kept for it."""
+    at = data.index(UNSEALED.encode())  # the first entry of the header: nothing before it looks so
+    return data[:at] + _digest(data, at).encode() + data[at + len(UNSEALED) :]
+
+
+def _digest(data: bytes, at: int) -> str:
+    """SHA-256 of all bytes but the 64 from `at` on, hexadecimal."""
+    view = memoryview(data)
+    digest = hashlib.sha256(view[:at])
+    digest.update(view[at + len(UNSEALED) :])
+    return digest.hexdigest()
 
 
 def from_bytes(data: bytes, fingerprint: str) -> State:
-    """The state written by `to_bytes`; a ValueError when the bytes are no state or another model's."""
+    """The state written by `to_bytes`; a ValueError when any byte is altered, or the state is another model's."""
+    about = _about(data)
+    if about.get("format") != FORMAT:
+        raise ValueError(f"state format is {about.get('format')!r}; this version reads {FORMAT!r}")
+    found = str(about.get("sha256")).encode()
+    if len(found) != len(UNSEALED) or (at := data.find(found)) < 0 or _digest(data, at).encode() != found:
+        raise ValueError(f"not a state: of {len(data)} bytes some were altered or cut off after they were written")
+    if about.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"the state belongs to model {about.get('fingerprint')!r}, not to {fingerprint!r}; load it with that model"
+        )
     try:
         tensors = load_tensors(data)
-        size = int.from_bytes(data[:8], "little")  # of the header, JSON, that follows
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        about = json.loads(metadata.get("state", "{}"))
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise ValueError(f"not a state: {len(data)} bytes that are no whole safetensors file ({error})") from error
-    found = {key: about.get(key) if isinstance(about, dict) else None for key in ("format", "fingerprint", "tree")}
-    if found["format"] != FORMAT:
-        raise ValueError(f"state format is {found['format']!r}; this version reads {FORMAT!r}")
-    if found["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"the state belongs to model {found['fingerprint']!r}, not to {fingerprint!r}; load it with that model"
-        )
 
     def build(part: Any) -> State:
         if isinstance(part, str) and part in tensors:
@@ -150,4 +167,16 @@ def from_bytes(data: bytes, fingerprint: str) -> State:
             return {key: build(item) for key, item in part.items()}
         raise ValueError(f"not a state: its tree names {part!r}, which is not in the file")
 
-    return build(found["tree"])
+    return build(about.get("tree"))
+
+
+def _about(data: bytes) -> dict[str, Any]:
+    """What the header of a file says of the state; nothing where it is another file's header."""
+    size = int.from_bytes(data[:8], "little")  # of the header, JSON, that follows
+    try:
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        about = json.loads(metadata.get("state", "{}")) if isinstance(metadata, dict) else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not a state: {len(data)} bytes without a whole header ({error})") from error
+    return about if isinstance(about, dict) else {}

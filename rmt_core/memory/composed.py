@@ -3,6 +3,8 @@
 Axes: B rows, T tokens of a segment, S positions that a layer sees, D width.
 """
 
+from __future__ import annotations  # torch.compile cannot evaluate those of functions made while it traces
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar

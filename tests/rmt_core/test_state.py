@@ -1,5 +1,6 @@
 """States as values: rows chosen, joined, replaced; bytes and back."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -150,6 +151,15 @@ def test_bytes_cut_anywhere_are_refused() -> None:
         states.from_bytes(data + b"more", FINGERPRINT)
 
 
+def test_any_altered_byte_is_refused() -> None:
+    """Of the numbers, the header and even the spaces that fill it up; and of the hash itself."""
+    data = states.to_bytes((torch.ones(2), {"a": torch.arange(3)}), FINGERPRINT)
+    for at in range(len(data)):
+        altered = data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+        with pytest.raises(ValueError, match="state"):
+            states.from_bytes(altered, FINGERPRINT)
+
+
 @pytest.mark.parametrize("data", [b"", b"no", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{]"])
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="state"):
@@ -165,8 +175,8 @@ def test_a_tensor_file_that_is_no_state_is_refused() -> None:
 
 @pytest.mark.parametrize("tree", [["00007"], 3, [[1]], None, {"a": "b"}])
 def test_a_tree_that_does_not_fit_its_tensors_is_refused(tree: Any) -> None:
-    about = {"format": states.FORMAT, "fingerprint": FINGERPRINT, "tree": tree}
-    data = save_tensors({"00000": torch.ones(2)}, metadata={"state": json.dumps(about)})
+    about = {"sha256": states.UNSEALED, "format": states.FORMAT, "fingerprint": FINGERPRINT, "tree": tree}
+    data = states.seal(save_tensors({"00000": torch.ones(2)}, metadata={"state": json.dumps(about)}))
     with pytest.raises(ValueError, match="not a state: its tree names"):
         states.from_bytes(data, FINGERPRINT)
 
@@ -182,4 +192,5 @@ def test_the_bytes_are_a_readable_tensor_file() -> None:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     about = json.loads(header["__metadata__"]["state"])
     assert about["fingerprint"] == FINGERPRINT
+    assert about["sha256"] == hashlib.sha256(data.replace(about["sha256"].encode(), b"")).hexdigest()
     assert about["tree"] == ["00000", {"rows": ["00001"], "filled": "00002"}, []]

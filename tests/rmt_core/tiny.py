@@ -32,6 +32,14 @@ MEMORIES: dict[str, Any] = {
     "xl+armt": [XL, ARMT],
 }
 
+# Each kind with the settings that leave the plain backbone.
+OFF: dict[str, Any] = {
+    "none": "none",
+    "rmt": {"kind": "rmt", "num_tokens": 0},
+    "xl": {"kind": "xl", "cache_len": 0},
+    "memformer": {"kind": "memformer", "num_slots": 0},
+}
+
 # Where a family has something of its own, the tiny configuration uses it.
 SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 40},
@@ -66,23 +74,28 @@ def tiny_config(family: str = "llama", **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(family, **settings)
 
 
-def stir(module: torch.nn.Module, seed: int = 0) -> None:
+def stir(module: torch.nn.Module, seed: int = 0, by: float = 0.25) -> None:
     """Move every parameter, biases and norms too, away from its initial value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise.to(parameter.dtype), alpha=0.25)
+            parameter.add_(noise.to(parameter.dtype), alpha=by)
 
 
 def tiny_model(
-    memory: Any = "none", family: str = "llama", segment_len: int = 6, seed: int = 0, **changes: Any
+    memory: Any = "none",
+    family: str = "llama",
+    segment_len: int = 6,
+    seed: int = 0,
+    stirred: float = 0.25,
+    **changes: Any,
 ) -> RecurrentModel:
     """A float64 model in evaluation mode; the same seed gives the same weights."""
     torch.manual_seed(seed)
     config = tiny_config(family, **changes)
     model = rmt_core.build(backbone=config, memory=memory, segment_len=segment_len, dtype="float64")
-    stir(model, seed)
+    stir(model, seed, stirred)
     return model.eval()
 
 
