@@ -167,7 +167,8 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
 
 
 def _in_words(settings: dict[str, Any]) -> str:
-    rest = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind")
+    """A memory's kind and settings, without those that are off."""
+    rest = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind" and value)
     return f"{settings['kind']} ({rest})" if rest else str(settings["kind"])
 
 

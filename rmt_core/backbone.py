@@ -208,12 +208,19 @@ class Backbone(nn.Module):
                 h = attend(h, attention)
             else:
                 seen, own = weave(context, h)
-                h = take(attend(seen, attention), own)
+                h = take(attend(seen, _after(context, attention)), own)
             if between is not None:
                 h = between(h)
             return family.feed_forward(lm, layer, h)
 
         return run
+
+
+def _after(context: Context, attention: Attention | None) -> Attention | None:
+    """`attention` told where the segment's rows begin."""
+    if attention is None:
+        return None
+    return lambda heads: attention(heads._replace(context_filled=context.filled))
 
 
 def _dimensions(lm: PreTrainedModel, family: Family) -> Dimensions:

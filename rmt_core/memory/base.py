@@ -81,6 +81,7 @@ class Heads(NamedTuple):
     scale: float  # of the logits
     dropout: float  # of the weights; 0 outside training
     mask: Tensor | None  # (B, 1, 1, C), true where a token that is being decoded sees a key; else None: causal
+    context_filled: Tensor | None = None  # (B,) rows of a context that stand before the segment's; None without one
 
 
 Attention: TypeAlias = Callable[[Heads], Tensor]  # -> (B, H, N, D / H)

@@ -1,33 +1,53 @@
 """Recurrent Memory Transformer (Bulatov et al. 2022, arXiv:2207.06881, section 3; 2023, arXiv:2304.11062).
 
-Axes: B rows, T tokens of a segment, M memory tokens, S = M + T + M, D width.
+With `max_past_memories` it is RMT-R, which also attends to its own past memories (a baseline in arXiv:2407.04841).
+
+Axes: B rows, T tokens of a segment, M memory tokens, R rows read, P past memories, S = R + T + M, H heads, D width.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..state import State
-from .base import Dimensions, LearnedRows, Memory, Segment, append_rows, at_least, split_rows
+from .base import Block, Dimensions, Heads, LearnedRows, Memory, Segment, append_rows, at_least, split_rows, take
 
 
 @dataclass(frozen=True)
 class RMTConfig:
     """Settings of the Recurrent Memory Transformer."""
 
-    num_tokens: int = 8  # memory tokens, 2 x num_tokens positions of each segment; 0 is the plain backbone
+    num_tokens: int = 8  # memory tokens, which are written and carried; 0 is the plain backbone
+    num_read_tokens: int | None = None  # rows read before the text; None: as many as `num_tokens`
+    bidirectional: bool = False  # rows of one memory block see each other both ways
+    max_past_memories: int = 0  # past memories kept to retrieve from, the newest ones (RMT-R); 0: no retrieval
 
     def __post_init__(self) -> None:
-        at_least(0, self, "num_tokens")
+        at_least(0, self, "num_tokens", "max_past_memories")
+        read = self.num_read_tokens
+        if read is not None and (type(read) is not int or read < 1):
+            raise ValueError(f"memory.num_read_tokens is {read!r}; it must be a whole number, at least 1, or None")
+        if not self.num_tokens and (read is not None or self.max_past_memories):
+            raise ValueError("memory.num_tokens is 0; it must be at least 1 where rows are read or retrieved")
 
 
 class RMTMemory(Memory):
     """M tokens read before the segment and written after it; the state is the written ones, (B, M, D).
 
-    The same vectors stand in both places. Everything is causal, as in the released decoder (the paper opens both
-    blocks to themselves). In a short segment the write tokens follow the row's last real token, so that what comes
-    after them, padding, is seen by nobody.
+    The same vectors stand in both places. By default everything is causal, as in the released decoder. With
+    `bidirectional`, as in the paper's figure 6d, read rows see all read rows and write rows see everything; in a
+    composition other memories' rows beside them belong to these blocks. In a short segment the write tokens follow the
+    row's last real token, so that what comes after them, padding, is seen by nobody.
+
+    Where fewer rows are read than written, the last R written ones are read: in the causal write block they are those
+    that see the others. Where more are read, learned rows, the same for each segment, follow the M carried ones.
+
+    RMT-R (`max_past_memories` > 0) reads as many rows again, after the first ones: what these find in the current
+    memory and the P newest of those before it. The state is then `{"memory": (B, M, D), "past": (B, P, M, D),
+    "count": (B,)}`, the oldest past memory first, zeros behind the `count` valid ones. Published code keeps all of
+    them; nothing is detached.
     """
 
     Config = RMTConfig
@@ -35,23 +55,130 @@ class RMTMemory(Memory):
 
     def __init__(self, config: RMTConfig, dimensions: Dimensions) -> None:
         super().__init__(config, dimensions)
-        self.rows_before = self.rows_after = config.num_tokens
-        self.initial = LearnedRows(config.num_tokens, dimensions.width, dimensions.embedding_std)
+        width, std = dimensions.width, dimensions.embedding_std
+        num_read = config.num_tokens if config.num_read_tokens is None else config.num_read_tokens
+        retrieves = config.max_past_memories > 0
+        self.rows_before = num_read * (2 if retrieves else 1)
+        self.rows_after = config.num_tokens
+        self.num_carried = min(num_read, config.num_tokens)  # written rows that are read
+        num_extra = num_read - self.num_carried
+        self.initial = LearnedRows(config.num_tokens, width, std)
+        self.extra = LearnedRows(num_extra, width, std) if num_extra else None
+        self.retrieval = Retrieval(width) if retrieves else None
 
-    def init_state(self, batch_size: int) -> Tensor:
-        rows: Tensor = self.initial(batch_size)
-        return rows
+    def init_state(self, batch_size: int) -> State:
+        memory: Tensor = self.initial(batch_size)
+        if self.retrieval is None:
+            return memory
+        past = memory.new_zeros(batch_size, self.config.max_past_memories, *memory.shape[1:])
+        return {"memory": memory, "past": past, "count": torch.zeros(batch_size, dtype=torch.long, device=past.device)}
 
     def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
         if segment.stage == "extend":
             return x
-        text = append_rows(x, state, segment.lengths) if segment.writes else x
-        return torch.cat([state, text], dim=1)  # (B, S, D)
+        memory = state if self.retrieval is None else state["memory"]
+        read = memory[:, memory.shape[1] - self.num_carried :]
+        if self.extra is not None:
+            read = torch.cat([read, self.extra(len(read))], dim=1)
+        if self.retrieval is not None:
+            read = torch.cat([read, self.retrieval(read, memory, state["past"], state["count"])], dim=1)
+        text = append_rows(x, memory, segment.lengths) if segment.writes else x
+        return torch.cat([read, text], dim=1)  # (B, S, D)
+
+    def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
+        if not self.config.bidirectional or segment.stage == "extend":  # a decoded token is no memory row
+            return block(h), state
+        num_after = h.shape[1] - segment.text_start - segment.text_len
+        return block(h, attention=lambda heads: open_blocks(heads, segment, num_after)), state
 
     def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
-        m = self.rows_before
         if segment.stage == "extend":
             return h, state
+        h = h[:, self.rows_before :]
         if not segment.writes:
-            return h[:, m:], state
-        return split_rows(h[:, m:], m, segment.lengths)
+            return h, state
+        text, written = split_rows(h, self.rows_after, segment.lengths)
+        return text, written if self.retrieval is None else {"memory": written, **_remember(state)}
+
+
+class Retrieval(nn.Module):
+    """Attention of rows to past memories: one head, then a feed-forward layer, each with its residual.
+
+    `R = W_o softmax(Q K^T / sqrt(D)) V + M`, `R + MLP(LN(R))` with `Q = W_q LN(M)` and keys and values of the
+    normalised memories; the feed-forward layer is four times as wide as the rows.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.output = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, rows: Tensor, memory: Tensor, past: Tensor, count: Tensor) -> Tensor:
+        """What rows (B, R, D) find in the memory (B, M, D) and the `count` (B,) first of past (B, P, M, D)."""
+        m = memory.shape[1]
+        seen = self.norm(torch.cat([memory, past.flatten(1, 2)], dim=1))  # (B, M + P * M, D)
+        valid = torch.arange(seen.shape[1], device=seen.device) < ((count + 1) * m)[:, None]
+        scores = self.query(self.norm(rows)) @ self.key(seen).transpose(1, 2) * seen.shape[-1] ** -0.5
+        weights = scores.masked_fill(~valid[:, None], float("-inf")).softmax(-1)  # (B, R, M + P * M)
+        found = self.output(weights @ self.value(seen)) + rows
+        return found + self.mlp(self.mlp_norm(found))
+
+
+def _remember(state: State) -> State:
+    """The past with the memory that has just been read at its end; the oldest one goes where there is no room."""
+    memory, past, count = state["memory"], state["past"], state["count"]
+    size = past.shape[1]
+    at = torch.arange(size, device=past.device).expand(len(past), -1)
+    index = torch.where(at < count[:, None], at, size)  # the new one stands at `size`
+    index = torch.where(count[:, None] == size, at + 1, index)
+    both = torch.cat([past, memory[:, None]], dim=1).flatten(2)  # (B, P + 1, M * D)
+    new = (count + 1).clamp(max=size)
+    kept = take(both, index).masked_fill((at >= new[:, None])[..., None], 0)
+    return {"past": kept.unflatten(2, memory.shape[1:]), "count": new}
+
+
+def open_blocks(heads: Heads, segment: Segment, num_after: int) -> Tensor:
+    """Causal attention in which the rows before the text see each other, and so do the `num_after` rows behind it.
+
+    It takes one causal call for all rows and one further call a block, each over the rows up to the block's end. These
+    need no mask, but where blocks end at different places in the rows of a batch: there a row's keys are masked,
+    (B, 1, 1, C). Rows of a cache stand before all and are seen by all.
+    """
+    out = F.scaled_dot_product_attention(
+        heads.queries, heads.keys, heads.values, dropout_p=heads.dropout, is_causal=True, scale=heads.scale
+    )
+    first = 0 if heads.context_filled is None else heads.context_filled
+    text_len = segment.text_len if segment.lengths is None else segment.lengths
+    out = _open(heads, out, first, segment.text_start)
+    return _open(heads, out, first + segment.text_start + text_len, num_after)
+
+
+def _open(heads: Heads, out: Tensor, first: int | Tensor, num_rows: int) -> Tensor:
+    """`out` (B, H, N, D / H) where `num_rows` rows from `first`, () or (B,), on see all rows up to the last of them."""
+    if num_rows < 2:  # a row alone sees them under the causal flag
+        return out
+    queries, keys, values = heads.queries, heads.keys, heads.values
+    if isinstance(first, int):
+        end = first + num_rows
+        rows = F.scaled_dot_product_attention(
+            queries[:, :, first:end],
+            keys[:, :, :end],
+            values[:, :, :end],
+            dropout_p=heads.dropout,
+            scale=heads.scale,
+        )
+        return torch.cat([out[:, :, :first], rows, out[:, :, end:]], dim=2)
+    at = first[:, None] + torch.arange(num_rows, device=out.device)  # (B, n)
+    index = at[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+    seen = torch.arange(keys.shape[2], device=out.device) < (first + num_rows)[:, None]
+    rows = F.scaled_dot_product_attention(
+        queries.gather(2, index),
+        keys,
+        values,
+        attn_mask=seen[:, None, None],
+        dropout_p=heads.dropout,
+        scale=heads.scale,
+    )
+    return out.scatter(2, index, rows)

@@ -52,10 +52,11 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 
 def test_settings_are_written_out() -> None:
-    assert config(memory="rmt").memory == ({"kind": "rmt", "num_tokens": 8},)
+    rmt = {"kind": "rmt", "num_read_tokens": None, "bidirectional": False, "max_past_memories": 0}
+    assert config(memory="rmt").memory == ({**rmt, "num_tokens": 8},)
     assert config(memory=["xl", {"kind": "rmt", "num_tokens": 2}]).memory == (
         {"kind": "xl", "cache_len": 128},
-        {"kind": "rmt", "num_tokens": 2},
+        {**rmt, "num_tokens": 2},
     )
 
 

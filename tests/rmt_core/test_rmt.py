@@ -11,6 +11,8 @@ from torch import Tensor
 
 import rmt_core
 from rmt_core import RecurrentModel
+from rmt_core.backbone import Placement
+from rmt_core.memory.base import Segment
 
 from .tiny import FAMILIES, close, tiny_model, tokens_like
 
@@ -22,35 +24,70 @@ class Read(NamedTuple):
 
     hidden: Tensor  # (N, D)
     memory: Tensor  # (M, D) after the last segment
+    past: list[Tensor]  # each (M, D): the memories that were read before
+
+
+def sees(num_read: int, num_text: int, num_written: int, bidirectional: bool) -> Tensor:
+    """Which row sees which, (S, S): figure 6d of arXiv:2207.06881."""
+    size = num_read + num_text + num_written
+    seen = torch.ones(size, size, dtype=torch.bool).tril()
+    if bidirectional:
+        seen[:num_read, :num_read] = True
+        seen[size - num_written :] = True
+    return seen
+
+
+def naive_retrieval(module: Any, rows: Tensor, memories: list[Tensor]) -> Tensor:
+    """The rows (R, D) that RMT-R reads beside `rows`: one head over all memories, then a feed-forward layer."""
+    seen = [module.norm(row) for memory in memories for row in memory]
+    keys = torch.stack([module.key.weight @ row for row in seen])
+    values = torch.stack([module.value.weight @ row for row in seen])
+    found = []
+    for row in rows:
+        weights = (keys @ (module.query.weight @ module.norm(row)) / len(row) ** 0.5).softmax(0)
+        r = module.output.weight @ (values.T @ weights) + row
+        found.append(r + module.mlp(module.mlp_norm(r)))
+    return torch.stack(found)
 
 
 def naive_rmt(model: RecurrentModel, text: Tensor) -> Read:
     """arXiv:2207.06881, section 3, for one text (N,): `[M; E(x); M]` through the plain model, segment after segment."""
     lm: Any = model.backbone.lm
     body = lm.transformer if lm.config.model_type == "gpt2" else lm.model
-    memory = model.memory.initial.weight
-    m, hidden = len(memory), []
+    settings, memory, past, hidden = model.config.memory[0], model.memory.initial.weight, [], []
+    num_read = settings["num_read_tokens"] or len(memory)
     for segment in text.split(T):
-        embedded = lm.get_input_embeddings()(segment)
-        rows = torch.cat([memory, embedded, memory])
-        h = body(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0]
-        hidden.append(h[m : m + len(segment)])
-        memory = h[len(h) - m :]
-    return Read(torch.cat(hidden), memory)
+        read = memory[-num_read:]
+        if num_read > len(memory):
+            read = torch.cat([read, model.memory.extra.weight])
+        if kept := settings["max_past_memories"]:
+            read = torch.cat([read, naive_retrieval(model.memory.retrieval, read, [*past[-kept:], memory])])
+        rows = torch.cat([read, lm.get_input_embeddings()(segment), memory])
+        seen = sees(len(read), len(segment), len(memory), settings["bidirectional"])
+        h = body(inputs_embeds=rows[None], attention_mask=seen[None, None], use_cache=False).last_hidden_state[0]
+        hidden.append(h[len(read) : len(read) + len(segment)])
+        past.append(memory)
+        memory = h[len(h) - len(memory) :]
+    return Read(torch.cat(hidden), memory, past)
 
 
 def compare(model: RecurrentModel, tokens: Tensor, lengths: list[int] | None) -> None:
     """Outputs, state and the gradient of random weights on all of them."""
     torch.manual_seed(5)
     out, state = rmt_core.run(model, tokens, lengths=None if lengths is None else torch.tensor(lengths))
-    ours, theirs = torch.zeros(()), torch.zeros(())
+    ours, theirs, kept = torch.zeros(()), torch.zeros(()), model.config.memory[0]["max_past_memories"]
     for i, length in enumerate([tokens.shape[1]] * len(tokens) if lengths is None else lengths):
         wanted = naive_rmt(model, tokens[i, :length])
-        assert close(out.hidden[i, :length], wanted.hidden)
-        assert close(state[i], wanted.memory)
-        on_hidden, on_memory = torch.randn_like(wanted.hidden), torch.randn_like(wanted.memory)
-        ours = ours + (out.hidden[i, :length] * on_hidden).sum() + (state[i] * on_memory).sum()
-        theirs = theirs + (wanted.hidden * on_hidden).sum() + (wanted.memory * on_memory).sum()
+        pairs = [(out.hidden[i, :length], wanted.hidden), ((state["memory"] if kept else state)[i], wanted.memory)]
+        if kept:
+            count, past = int(state["count"][i]), wanted.past[-kept:]
+            assert count == len(past)
+            assert not state["past"][i, count:].any()
+            pairs += list(zip(state["past"][i, :count], past, strict=True))
+        for found, known in pairs:
+            assert close(found, known)
+            weight = torch.randn_like(known)
+            ours, theirs = ours + (found * weight).sum(), theirs + (known * weight).sum()
     parameters = [p for name, p in model.named_parameters() if "lm_head" not in name]
     # Gemma's norms sum the gradient of their weights in float32, here in another order: 2e-7 was measured.
     tolerance = 1e-6 if model.backbone.lm.config.model_type == "gemma3_text" else 1e-11
@@ -76,6 +113,63 @@ def test_ragged_rows_follow_the_equations(family: str, num_tokens: int) -> None:
     compare(model, tokens_like(5, 3 * T), [3 * T, 2 * T + 1, 2 * T, T - 1, 1])
 
 
+OPEN = {"bidirectional": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "open": OPEN,
+    "open, fewer read": {**OPEN, "num_read_tokens": 2},
+    "more read": {"num_read_tokens": 5},
+    "fewer read": {"num_read_tokens": 1},
+    "retrieval": {"max_past_memories": 2},
+    "retrieval, longer than the text": {"max_past_memories": 9},
+    "all": {**OPEN, "num_read_tokens": 4, "max_past_memories": 1},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_follow_the_equations(options: dict[str, Any], family: str) -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, **options}, family, T)
+    compare(model, tokens_like(2, 3 * T), None)
+    compare(model, tokens_like(4, 4 * T), [4 * T, 2 * T + 1, T, 2])
+
+
+def test_in_a_composition_the_open_blocks_see_the_cache() -> None:
+    """The rows that the opened blocks may attend to, found by which inputs move which outputs of one layer."""
+    cached, m = 4, 3
+    model = tiny_model([{"kind": "xl", "cache_len": cached}, {"kind": "rmt", "num_tokens": m, **OPEN}], segment_len=T)
+    torch.manual_seed(0)
+    state = model.init_state(2)
+    _, state = model.step(tokens_like(2, T), state, lengths=torch.tensor([T, 2]))  # caches of 4 and of 2 rows
+    segment = Segment(T, torch.tensor([T, T - 2]), m)
+    h = torch.randn(2, m + T + m, 32, dtype=torch.float64, requires_grad=True)
+    rows = state[0][0]["rows"].requires_grad_()
+    block = model.backbone.blocks(h, Placement(torch.arange(m + T + m + cached)[None]))[0]
+    out, _ = model.memory.around(0, h, block, state, segment)
+    for row, (length, filled) in enumerate([(T, 4), (T - 2, 2)]):
+        wanted = sees(m, length, m, True)
+        for i in range(len(wanted)):
+            on_h, on_rows = torch.autograd.grad(out[row, i].sum(), [h, rows], retain_graph=True)
+            assert (on_h.abs().amax(-1) > 0)[row].tolist() == [*wanted[i].tolist(), *[False] * (T - length)]
+            assert (on_rows.abs().amax(-1) > 0)[row].tolist() == [j < filled for j in range(cached)]
+
+
+def test_equal_rows_get_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open blocks cost two more calls a layer; only ragged rows need a mask, of keys alone."""
+    model, shapes = tiny_model({"kind": "rmt", "num_tokens": 3, **OPEN}, segment_len=T), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+        shapes.append(None if attn_mask is None else attn_mask.shape[2])
+        return attention(*args, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model.step(tokens_like(2, T), model.init_state(2))
+    assert shapes == [None] * 6
+    shapes.clear()
+    model.step(tokens_like(2, T), model.init_state(2), lengths=torch.tensor([T, 2]))
+    assert shapes == [None, None, 1] * 2
+
+
 def test_the_state_starts_as_the_learned_tokens() -> None:
     model = tiny_model({"kind": "rmt", "num_tokens": 3})
     state = model.init_state(4)
@@ -84,7 +178,24 @@ def test_the_state_starts_as_the_learned_tokens() -> None:
     assert not close(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("num_tokens", [-1, 2.0, True, "3"])
-def test_a_number_of_memory_tokens_that_is_none_is_refused(num_tokens: Any) -> None:
-    with pytest.raises(ValueError, match=r"memory\.num_tokens is .*; it must be"):
-        tiny_model({"kind": "rmt", "num_tokens": num_tokens})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_tokens": -1}, r"memory\.num_tokens is -1; it must be at least 0"),
+        ({"num_tokens": 2.0}, r"memory\.num_tokens is 2\.0; it must be a whole number"),
+        ({"num_tokens": True}, r"memory\.num_tokens is True; it must be a whole number"),
+        ({"num_tokens": "3"}, r"memory\.num_tokens is '3'; it must be a whole number"),
+        ({"num_read_tokens": 0}, r"memory\.num_read_tokens is 0; it must be a whole number, at least 1, or None"),
+        ({"num_read_tokens": True}, r"memory\.num_read_tokens is True; it must be a whole number"),
+        (
+            {"num_tokens": 0, "num_read_tokens": 2},
+            r"memory\.num_tokens is 0; it must be at least 1 where rows are read",
+        ),
+        ({"num_tokens": 0, "max_past_memories": 2}, r"memory\.num_tokens is 0; it must be at least 1 where rows"),
+        ({"max_past_memories": -2}, r"memory\.max_past_memories is -2; it must be at least 0"),
+        ({"bidirectional": 1}, r"memory\.bidirectional is 1; it must be true or false"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model({"kind": "rmt", **settings})

@@ -19,6 +19,8 @@ RMT = {"kind": "rmt", "num_tokens": 3}
 XL = {"kind": "xl", "cache_len": 8}
 MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
 ARMT = {"kind": "armt", "num_tokens": 3, "key_width": 8}
+OPEN_RMT = {"kind": "rmt", "num_tokens": 3, "bidirectional": True}
+RMT_R = {"kind": "rmt", "num_tokens": 3, "max_past_memories": 2}
 MEMORIES: dict[str, Any] = {
     "none": "none",
     "rmt": RMT,
@@ -30,6 +32,10 @@ MEMORIES: dict[str, Any] = {
     "memformer+rmt": [MEMFORMER, RMT],
     "armt": ARMT,
     "xl+armt": [XL, ARMT],
+    "rmt-open": OPEN_RMT,
+    "xl+rmt-open": [XL, OPEN_RMT],
+    "rmt-5-read": {"kind": "rmt", "num_tokens": 3, "num_read_tokens": 5},
+    "rmt-r": RMT_R,
 }
 
 # Each kind with the settings that leave the plain backbone.
