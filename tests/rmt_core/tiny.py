@@ -44,6 +44,7 @@ OFF: dict[str, Any] = {
     "rmt": {"kind": "rmt", "num_tokens": 0},
     "xl": {"kind": "xl", "cache_len": 0},
     "memformer": {"kind": "memformer", "num_slots": 0},
+    "armt": {"kind": "armt", "num_tokens": 0},
 }
 
 # Where a family has something of its own, the tiny configuration uses it.
