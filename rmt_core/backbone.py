@@ -230,6 +230,7 @@ def _dimensions(lm: PreTrainedModel, family: Family) -> Dimensions:
         width=lm.config.hidden_size,
         num_layers=lm.config.num_hidden_layers,
         num_heads=lm.config.num_attention_heads,
+        head_width=getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads,
         embedding_std=float(embedding.weight.detach().float().std()) * scale if embedding.weight.numel() else 0.02,
         has_relative_positions=family.has_relative_positions,
     )

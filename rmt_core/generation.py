@@ -205,14 +205,15 @@ class _Decoder:
     def append(self, tokens: Tensor, alive: Tensor) -> None:
         """One more token (B,) for the rows that are `alive` (B,); `hidden` becomes that of the token."""
         rows = alive.nonzero().flatten()
-        full = self.lengths[rows] == self.model.segment_len - 1  # these close at once: no need to extend them
+        full = self.lengths[rows] == self.model.segment_len - 1  # these close at once: no need to run them before
+        stale = self.stale[rows]
         self.tokens[rows, self.lengths[rows]] = tokens[rows]
-        if len(extended := rows[~full]):
-            if len(stale := extended[self.stale[extended]]):
-                self._open(stale)
+        if len(extended := rows[~full & ~stale]):
             self._extend(extended)
         self.lengths = self.lengths + alive
         self.num_read = self.num_read + alive
+        if len(opened := rows[~full & stale]):
+            self._open(opened)
         self._close_full()
 
     def _close_full(self) -> None:
@@ -227,15 +228,12 @@ class _Decoder:
         self.stale[rows] = True
 
     def _open(self, rows: Tensor) -> None:
-        """Run the open tokens of some rows, keeping keys and values."""
+        """Run the open tokens of some rows, at least one each, keeping keys and values."""
         model, lengths = self.model, self.lengths[rows]
         size = int(lengths.max())
         self.stale[rows] = False
         kept = self._kept()
         kept.rows, kept.at = rows, None
-        if size == 0 and model.memory.rows_before == 0 and model.memory.context_len == 0:
-            self._keep_within(rows, states.select(self.state, rows))
-            return  # nothing stands before the first token
         memory = model.memory
         segment = Segment(size, lengths, memory.rows_before, stage="open")
         reach = torch.arange(size + memory.rows_before + memory.context_len, device=rows.device)
@@ -246,10 +244,8 @@ class _Decoder:
             Placement(reach[None], kv=kept),
         )
         self._keep_within(rows, within)
-        if size:
-            last = hidden[torch.arange(len(rows), device=rows.device), (lengths - 1).clamp(min=0)]
-            last = torch.where((lengths > 0)[:, None], last, self.hidden[rows])
-            self.hidden = self.hidden.index_copy(0, rows, last)
+        last = hidden[torch.arange(len(rows), device=rows.device), lengths - 1]
+        self.hidden = self.hidden.index_copy(0, rows, last)
 
     def _extend(self, rows: Tensor) -> None:
         """Run one token of some rows, already put at the end of their open tokens."""

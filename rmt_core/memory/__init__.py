@@ -2,6 +2,7 @@
 
 from .associative import ARMTMemory
 from .base import Memory
+from .lookahead import LaMemoMemory
 from .none import NoMemory
 from .rmt import RMTMemory
 from .slots import MemformerMemory
@@ -13,4 +14,5 @@ MEMORIES: dict[str, type[Memory]] = {
     "xl": XLMemory,
     "memformer": MemformerMemory,
     "armt": ARMTMemory,
+    "lamemo": LaMemoMemory,
 }

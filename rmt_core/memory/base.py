@@ -20,6 +20,7 @@ class Dimensions(NamedTuple):
     width: int
     num_layers: int
     num_heads: int
+    head_width: int  # of the attention's heads: width / num_heads, where the family does not choose another
     embedding_std: float  # of the token embeddings: the scale of memory tokens
     has_relative_positions: bool  # rotary: cached positions keep their meaning in a later segment
 
@@ -38,6 +39,7 @@ class Segment:
     lengths: Tensor | None = None  # (B,) tokens of each row; None where all have text_len
     text_start: int = 0  # rows that memories have put before the text
     rows_between: int = 0  # in `around`: inner memories' rows between the text and this memory's own rows after it
+    own_start: int = 0  # in `around`: of those, where the memory's own begin
     stage: str = "close"
     generator: torch.Generator | None = None  # for memories that sample
     aux: list[Tensor] = field(default_factory=list)  # auxiliary losses, () each, added by the hooks of this step

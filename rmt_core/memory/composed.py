@@ -62,6 +62,7 @@ class ComposedMemory(Memory):
     def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
         members, parts = self._memories(), list(state)
         inner = [sum(member.rows_after for member in members[:i]) for i in range(len(members))]
+        starts = [sum(member.rows_before for member in members[i + 1 :]) for i in range(len(members))]
 
         def nested(i: int) -> Block:
             """The layer as member i - 1 sees it: run by member i and those after it."""
@@ -76,7 +77,7 @@ class ComposedMemory(Memory):
                 attention: Attention | None = None,
             ) -> Tensor:
                 within = _with(nested(i + 1), context, between, attention)
-                seen = replace(segment, rows_between=inner[i])
+                seen = replace(segment, rows_between=inner[i], own_start=starts[i])
                 out, parts[i] = members[i].around(layer, h, within, parts[i], seen)
                 return out
 

@@ -17,6 +17,7 @@ VOCAB = 23
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "gpt2")
 RMT = {"kind": "rmt", "num_tokens": 3}
 XL = {"kind": "xl", "cache_len": 8}
+LAMEMO = {"kind": "lamemo", "cache_len": 8}
 MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
 ARMT = {"kind": "armt", "num_tokens": 3, "key_width": 8}
 OPEN_RMT = {"kind": "rmt", "num_tokens": 3, "bidirectional": True}
@@ -27,6 +28,8 @@ MEMORIES: dict[str, Any] = {
     "xl": XL,
     "xl+rmt": [XL, RMT],
     "rmt+xl": [RMT, XL],
+    "lamemo": LAMEMO,
+    "lamemo+rmt": [LAMEMO, RMT],
     "memformer": MEMFORMER,
     "xl+memformer": [XL, MEMFORMER],
     "memformer+rmt": [MEMFORMER, RMT],
@@ -43,6 +46,7 @@ OFF: dict[str, Any] = {
     "none": "none",
     "rmt": {"kind": "rmt", "num_tokens": 0},
     "xl": {"kind": "xl", "cache_len": 0},
+    "lamemo": {"kind": "lamemo", "cache_len": 0},
     "memformer": {"kind": "memformer", "num_slots": 0},
     "armt": {"kind": "armt", "num_tokens": 0},
 }

@@ -1,0 +1,224 @@
+"""LaMemo: a cache that is refreshed by looking ahead (Ji et al. 2022, arXiv:2204.07341).
+
+Axes: B rows, T tokens of a segment, S positions that a layer sees, P cached positions, H heads, d = D / H, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..state import State
+from .base import (
+    Attention,
+    Block,
+    Dimensions,
+    Heads,
+    LayerMemory,
+    LayerwiseMemory,
+    LearnedRows,
+    Segment,
+    at_least,
+    take,
+)
+
+
+@dataclass(frozen=True)
+class LaMemoConfig:
+    """Settings of the look-ahead cache."""
+
+    cache_len: int = 128  # positions of the past that attention sees too; 0 is the plain backbone
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "cache_len")
+
+
+class LaMemoLayer(LayerMemory):
+    """One layer's part of the cache: how its cached positions have attended so far."""
+
+    def __init__(self, config: LaMemoConfig, dimensions: Dimensions, direction: LearnedRows) -> None:
+        super().__init__()
+        self.cache_len, self.width, self.num_heads = config.cache_len, dimensions.width, dimensions.num_heads
+        self.head_width = dimensions.head_width
+        self.direction = direction  # the same module in all layers
+
+    def init_state(self, batch_size: int) -> State:
+        size, exact = self.cache_len, torch.promote_types(self.anchor.dtype, torch.float32)
+        count = torch.zeros(batch_size, dtype=torch.long, device=self.anchor.device)
+        return {
+            "rows": self.anchor.new_zeros(batch_size, size, self.width),
+            "mixed": self.anchor.new_zeros(batch_size, size, self.num_heads, self.head_width),
+            "log_weight": self.anchor.new_zeros(batch_size, size, self.num_heads, dtype=exact),
+            "filled": count,
+            "fresh": count,
+        }
+
+    def forward(self, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
+        if not self.cache_len:
+            return block(h), state
+        if segment.stage == "extend":
+            return block(h, attention=self._one_token(state["filled"], segment)), state
+        new: dict[str, Tensor] = {}
+
+        def attention(heads: Heads) -> Tensor:
+            if heads.keys.shape[2] != h.shape[1]:
+                raise ValueError("lamemo cannot be combined with another cache; use one of them")
+            mixed, new["mixed"], new["log_weight"] = self._attend(heads, state, segment)
+            return mixed
+
+        out = block(h, attention=attention)
+        if not segment.writes:
+            return out, state
+        new["rows"] = self._with_text(h[:, self._own(segment)], h, segment)
+        return out, self._shift(new, state, segment)
+
+    def _own(self, segment: Segment) -> slice:
+        """Where the cached positions stand in h."""
+        return slice(segment.own_start, segment.own_start + self.cache_len)
+
+    def _with_text(self, cached: Tensor, x: Tensor, segment: Segment) -> Tensor:
+        """What belongs to cached positions (B, P, ...) followed by the text's part of x (B, S, ...)."""
+        start = segment.text_start
+        return torch.cat([cached, x[:, start : start + segment.text_len]], dim=1)
+
+    def _attend(self, heads: Heads, state: State, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+        """Causal attention for all but cached positions, which look ahead.
+
+        Gives what all positions mix (B, H, S, d), and of cached positions followed by the text what they mix
+        (B, P + T, H, d) and the logarithm of their weights' sum (B, P + T, H), for the state.
+        """
+        own = self._own(segment)
+        mixed = self._causal(heads, state["filled"], segment)
+        ahead, log_ahead = self._look_ahead(heads, state["fresh"], segment)
+        before = state["log_weight"].transpose(1, 2)  # (B, H, P)
+        kept = torch.sigmoid(before - log_ahead)[..., None].to(mixed.dtype)  # share of what was seen before
+        cached = (kept * state["mixed"].transpose(1, 2) + (1 - kept) * ahead).to(mixed.dtype)
+        mixed = torch.cat([mixed[:, :, : own.start], cached, mixed[:, :, own.stop :]], dim=2)
+        with torch.no_grad():
+            text = self._log_weights(heads, state["filled"], segment).transpose(1, 2)  # (B, T, H)
+            whole = torch.cat([torch.logaddexp(before, log_ahead).transpose(1, 2), text], dim=1)
+            by_row = mixed.transpose(1, 2)
+            return mixed, self._with_text(by_row[:, own], by_row, segment), whole
+
+    def _causal(self, heads: Heads, filled: Tensor, segment: Segment) -> Tensor:
+        """What each position mixes of the valid ones up to itself, (B, H, S, d).
+
+        Cache that is unused stands before the text; for the time of the attention it goes to the end, where a causal
+        flag hides it without a mask.
+        """
+        num_rows = heads.queries.shape[2]
+        at, start = torch.arange(num_rows, device=filled.device), segment.own_start
+        unused = self.cache_len - filled[:, None]  # (B, 1)
+        end = num_rows - unused
+        order = torch.where(at < start, at, torch.where(at < end, at + unused, at - end + start))
+        back = torch.where(at < start, at, torch.where(at < start + unused, at - start + end, at - unused))
+        queries, keys, values = (_arrange(x, order) for x in (heads.queries, heads.keys, heads.values))
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, dropout_p=heads.dropout, scale=heads.scale
+        )
+        return _arrange(mixed, back)
+
+    def _look_ahead(self, heads: Heads, fresh: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """What cached positions mix of those on their right, (B, H, P, d), and the log of the weights' sum (B, H, P).
+
+        Each sees on its right, up to and including the segment's first token, what it has not seen: of the last
+        segment's tokens the first was seen then.
+        """
+        own, first, size = self._own(segment), segment.text_start, self.cache_len
+        keys, values = (
+            torch.cat([x[:, :, own], x[:, :, first : first + 1]], dim=2) for x in (heads.keys, heads.values)
+        )  # (B, H, P + 1, d)
+        at = torch.arange(size + 1, device=fresh.device)
+        unseen = (at > at[:size, None]) & (at > size - fresh[:, None, None])  # (B, P, P + 1)
+        unseen = unseen | (at == size)
+        logits = heads.queries[:, :, own] @ keys.transpose(2, 3) * heads.scale
+        logits = logits + self.direction(1)[0, 0][:, None, None].to(logits.dtype)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~unseen[:, None], -torch.inf)
+        weights = F.dropout(logits.softmax(-1), heads.dropout).to(values.dtype)
+        return weights @ values, logits.logsumexp(-1)
+
+    def _log_weights(self, heads: Heads, filled: Tensor, segment: Segment) -> Tensor:
+        """Of the text's positions, the logarithm of their causal weights' sum, (B, H, T)."""
+        at, own, first = torch.arange(heads.keys.shape[2], device=filled.device), self._own(segment), segment.text_start
+        hidden = (at >= own.start) & (at < own.stop - filled[:, None])  # (B, S), unused cache
+        ahead = at > at[first : first + segment.text_len, None]  # (T, S)
+        logits = heads.queries[:, :, first : first + segment.text_len] @ heads.keys.transpose(2, 3) * heads.scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.masked_fill((ahead | hidden[:, None])[:, None], -torch.inf).logsumexp(-1)
+
+    def _one_token(self, filled: Tensor, segment: Segment) -> Attention:
+        """A decoded token sees the keys that it may, but no unused cache."""
+        own = self._own(segment)
+
+        def attention(heads: Heads) -> Tensor:
+            assert heads.mask is not None
+            at = torch.arange(heads.keys.shape[2], device=filled.device)
+            hidden = (at >= own.start) & (at < own.stop - filled[:, None])  # (B, C)
+            mask = heads.mask & ~hidden[:, None, None]
+            return F.scaled_dot_product_attention(
+                heads.queries, heads.keys, heads.values, attn_mask=mask, scale=heads.scale
+            )
+
+        return attention
+
+    def _shift(self, new: dict[str, Tensor], state: State, segment: Segment) -> State:
+        """The state after `state`: of the new values of cache and text, (B, P + T, ...) each, the last P valid ones."""
+        size, filled = self.cache_len, state["filled"]
+        length = torch.full_like(filled, segment.text_len) if segment.lengths is None else segment.lengths
+        end = (filled + length).clamp(max=size)
+        at = torch.arange(size, device=filled.device)
+        unused = at < size - end[:, None]  # (B, P)
+
+        def last(name: str) -> Tensor:
+            x = new[name].detach().to(state[name].dtype)
+            rows = take(x.flatten(2), at + length[:, None]).unflatten(2, x.shape[2:])
+            return rows.masked_fill(unused.view(*unused.shape, *(1,) * (x.dim() - 2)), 0)
+
+        kept = {name: last(name) for name in ("rows", "mixed", "log_weight")}
+        return {**kept, "filled": end, "fresh": length.clamp(max=size)}
+
+
+def _arrange(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, H, S, d) with its positions in the order (B, S)."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+class LaMemoMemory(LayerwiseMemory):
+    """Transformer-XL whose cached positions go on attending, to what comes after them.
+
+    The cache stands before the text in every layer. Text attends to it and to itself, causally. A cached position
+    attends ahead, to the positions on its right up to and including the segment's first token that it has not seen;
+    what it mixes is interpolated with what it has mixed before by the sums of their weights, as if it were one
+    attention over all of it (with older queries and keys for its past). Output projection, residual and feed-forward
+    follow, and the next layer's text sees the result: at a layer, text attends to rows that the layers below have
+    refreshed, and that layer itself has not (as in the released code). Nothing leaks: refreshed rows know of the
+    segment its first token alone, and only that and later ones see them.
+
+    A layer's state, outside the gradient: `rows` (B, P, D) its cached inputs, of which layer 0's, the embeddings,
+    enter the next segment; `mixed` (B, P, H, d) the attention outputs before the output projection, `log_weight`
+    (B, P, H) the logarithm of the sum of weights behind them, in float32 at least; `filled` (B,) valid positions, which
+    stand at the end, zeros before them; `fresh` (B,) how many of those are of the last segment.
+
+    Deviations. Positions are the backbone's rotary ones, exact in both directions, where the paper adds sinusoids of
+    the distance with a learned vector a direction; of that there is left a learned number a head, one for all layers
+    (as there), added to look-ahead logits: it sets how much weight the future has beside the past. A position looks
+    ahead over the last segment's length, where the released code takes this one's: the same where segments are
+    equally long, and otherwise each token is seen once. Memory tokens of another memory are seen by the text, never
+    cached, and not seen looking ahead.
+    """
+
+    Config = LaMemoConfig
+    needs_relative_positions = True
+
+    def __init__(self, config: LaMemoConfig, dimensions: Dimensions) -> None:
+        super().__init__(config, dimensions)
+        self.rows_before = config.cache_len
+        direction = LearnedRows(1, dimensions.num_heads if config.cache_len else 0, std=0.0)
+        self.layers = nn.ModuleList(LaMemoLayer(config, dimensions, direction) for _ in range(dimensions.num_layers))
+
+    def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
+        return x if segment.stage == "extend" else torch.cat([state[0]["rows"], x], dim=1)
+
+    def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
+        return (h if segment.stage == "extend" else h[:, self.rows_before :]), state
