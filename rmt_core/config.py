@@ -52,7 +52,10 @@ class ModelConfig:
         backbone = config_from(self.backbone).to_dict()
         return {
             "backbone": {key: value for key, value in backbone.items() if key not in _NOT_KEPT},
-            "memory": [dict(settings) for settings in self.memory],
+            "memory": [
+                {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+                for settings in self.memory
+            ],
             "segment_len": self.segment_len,
             "dtype": self.dtype,
         }

@@ -2,6 +2,7 @@
 
 from .associative import ARMTMemory
 from .base import Memory
+from .continuous import InfinityMemory
 from .lookahead import LaMemoMemory
 from .none import NoMemory
 from .rmt import RMTMemory
@@ -15,4 +16,5 @@ MEMORIES: dict[str, type[Memory]] = {
     "memformer": MemformerMemory,
     "armt": ARMTMemory,
     "lamemo": LaMemoMemory,
+    "infinity": InfinityMemory,
 }

@@ -39,7 +39,7 @@ def text(lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def naive(model: RecurrentModel, tokens: Tensor, labels: Tensor, window: int, lengths: Tensor | None) -> Tensor:
     """The mean loss of all logits, with the state cut loose before every `window`-th segment, by a plain loop."""
-    state, total = model.init_state(len(tokens)), torch.zeros((), dtype=torch.float64)
+    state, total, aux = model.init_state(len(tokens)), torch.zeros((), dtype=torch.float64), torch.zeros(())
     for i in range(0, tokens.shape[1], T):
         if i and (i // T) % window == 0:
             state = detach(state)
@@ -48,7 +48,8 @@ def naive(model: RecurrentModel, tokens: Tensor, labels: Tensor, window: int, le
         total = total + F.cross_entropy(
             out.logits.flatten(0, 1), labels[:, i : i + T].flatten(), ignore_index=-100, reduction="sum"
         )
-    loss = total / (labels != -100).sum()
+        aux = aux + out.aux
+    loss = total / (labels != -100).sum() + aux / K
     loss.backward()
     return loss.detach()
 

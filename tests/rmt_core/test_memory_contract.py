@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rmt_core
 from rmt_core import RecurrentModel
-from rmt_core.recurrent import SegmentBatch
+from rmt_core.recurrent import SegmentBatch, cut
 from rmt_core.state import State, from_bytes, leaves, select, stack, to_bytes, tree_map
 
 from .tiny import (
@@ -32,6 +32,7 @@ from .tiny import (
 
 T = 6
 OWN_ATTENTION = [MEMORIES[name] for name in ("rmt-open", "xl+rmt-open")]
+DETACHED = [MEMORIES[name] for name in ("none", "xl", "lamemo", "infinity", "xl+infinity")]
 
 
 @pytest.fixture(params=MEMORIES)
@@ -170,13 +171,15 @@ def test_a_ragged_batch_equals_each_row_alone(model: RecurrentModel) -> None:
         assert close(out.hidden[i, :length], alone.hidden[0])
         assert close_states(select(state, [i]), alone_state)
 
-    model(tokens, labels, lengths=lengths).backward()
+    def nats(tokens: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Summed; without auxiliary losses, which are means over a batch."""
+        return model.unroll(cut(tokens, labels, lengths, T), model.init_state(len(tokens))).loss_sum
+
+    nats(tokens, labels, lengths).backward()
     together = gradients(model)
     model.zero_grad()
-    count = (labels != -100).sum()
     for i, length in enumerate(lengths.tolist()):
-        part = labels[i : i + 1, :length]
-        (model(tokens[i : i + 1, :length], part) * (part != -100).sum() / count).backward()
+        nats(tokens[i : i + 1, :length], labels[i : i + 1, :length]).backward()
     assert all(close(together[name], grad) for name, grad in gradients(model).items())
 
 
@@ -219,7 +222,7 @@ def test_the_loss_is_that_of_the_logits(model: RecurrentModel) -> None:
     labels = next_labels(tokens).masked_fill(torch.arange(3 * T) >= lengths[:, None] - 1, -100)
     out, _ = rmt_core.run(model, tokens, lengths=lengths)
     wanted = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    assert close(model(tokens, labels, lengths=lengths), wanted)
+    assert close(model(tokens, labels, lengths=lengths), wanted + out.aux / 3)  # the mean over segments
 
 
 def test_a_reset_row_equals_a_fresh_one(model: RecurrentModel) -> None:
@@ -282,7 +285,7 @@ def test_a_row_of_length_zero_can_be_reset(model: RecurrentModel) -> None:
 
 def test_an_inactive_row_passes_its_gradient_on(model: RecurrentModel, memory: Any) -> None:
     """Two rows, one of which skips the second segment: its memory's gradient goes to the first."""
-    if memory in ("none", MEMORIES["xl"], MEMORIES["lamemo"]):
+    if memory in DETACHED:
         pytest.skip("no gradient crosses segments")
     with Embeddings(model) as embedded:
         _, state = model.step(tokens_like(2, T), model.init_state(2))
@@ -469,11 +472,12 @@ def test_a_step_refuses_tokens_that_are_no_segment(model: RecurrentModel, shape:
         model.step(torch.zeros(shape, dtype=torch.long), model.init_state(2))
 
 
-def test_a_text_without_labels_has_loss_zero_and_no_gradient(model: RecurrentModel) -> None:
+def test_a_text_without_labels_has_only_the_auxiliary_loss(model: RecurrentModel) -> None:
     tokens = tokens_like(2, 2 * T)
     loss = rmt_core.backward(model, tokens, torch.full_like(tokens, -100))
-    assert float(loss) == 0
-    assert not any(grad.any() for grad in gradients(model).values())
+    aux = rmt_core.run(model, tokens)[0].aux / 2
+    assert close(loss, aux)
+    assert bool(aux) == any(grad.any() for grad in gradients(model).values())
 
 
 def test_a_short_segment_is_a_segment() -> None:

@@ -22,6 +22,7 @@ MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
 ARMT = {"kind": "armt", "num_tokens": 3, "key_width": 8}
 OPEN_RMT = {"kind": "rmt", "num_tokens": 3, "bidirectional": True}
 RMT_R = {"kind": "rmt", "num_tokens": 3, "max_past_memories": 2}
+INFINITY = {"kind": "infinity", "num_basis": 8, "basis_widths": [0.05, 0.2], "num_samples": 5, "kl_weight": 0.01}
 MEMORIES: dict[str, Any] = {
     "none": "none",
     "rmt": RMT,
@@ -39,6 +40,8 @@ MEMORIES: dict[str, Any] = {
     "xl+rmt-open": [XL, OPEN_RMT],
     "rmt-5-read": {"kind": "rmt", "num_tokens": 3, "num_read_tokens": 5},
     "rmt-r": RMT_R,
+    "infinity": INFINITY,
+    "xl+infinity": [XL, INFINITY],
 }
 
 # Each kind with the settings that leave the plain backbone.
@@ -49,6 +52,7 @@ OFF: dict[str, Any] = {
     "lamemo": {"kind": "lamemo", "cache_len": 0},
     "memformer": {"kind": "memformer", "num_slots": 0},
     "armt": {"kind": "armt", "num_tokens": 0},
+    "infinity": {"kind": "infinity", "num_basis": 0},
 }
 
 # Where a family has something of its own, the tiny configuration uses it.
