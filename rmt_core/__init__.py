@@ -2,8 +2,9 @@
 
 from . import state
 from .build import build
-from .checkpoint import fingerprint, load, save
+from .checkpoint import fingerprint, load, load_encoder, save
 from .config import ModelConfig
+from .encoder import Classified, EncoderConfig, EncoderModel, EncoderOutput, build_encoder
 from .generation import Generation, Sampling, Session, generate, open_session, read
 from .gradients import backward
 from .memory import MEMORIES
@@ -12,6 +13,10 @@ from .recurrent import IGNORED, Output, RecurrentModel, SegmentBatch, Unrolled, 
 __all__ = [
     "IGNORED",
     "MEMORIES",
+    "Classified",
+    "EncoderConfig",
+    "EncoderModel",
+    "EncoderOutput",
     "Generation",
     "ModelConfig",
     "Output",
@@ -22,9 +27,11 @@ __all__ = [
     "Unrolled",
     "backward",
     "build",
+    "build_encoder",
     "fingerprint",
     "generate",
     "load",
+    "load_encoder",
     "open_session",
     "read",
     "run",

@@ -9,7 +9,7 @@ Axes: B rows, T tokens, S positions that a layer sees, P positions of context, D
 from __future__ import annotations  # torch.compile cannot evaluate those of functions made while it traces
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,24 +286,26 @@ def family_of(config: PretrainedConfig) -> Family:
     return family
 
 
-def supported(kind: Any) -> str:
+def supported(kind: Any, families: Collection[str] = FAMILIES) -> str:
     """The name of a family, or a ValueError with the list of those there are."""
-    if kind not in FAMILIES:
-        raise ValueError(f"backbone {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    if kind not in families:
+        raise ValueError(f"backbone {kind!r} is not supported; supported are {', '.join(sorted(families))}")
     return kind
 
 
-def config_from(source: str | Path | dict[str, Any] | PretrainedConfig) -> PretrainedConfig:
+def config_from(
+    source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str] = FAMILIES
+) -> PretrainedConfig:
     """A backbone's configuration from a directory saved by Hugging Face, a dictionary with `model_type`, or itself."""
     if isinstance(source, PretrainedConfig):
         return source
     if isinstance(source, dict):
         settings = dict(source)
-        return AutoConfig.for_model(supported(settings.pop("model_type", None)), **settings)
+        return AutoConfig.for_model(supported(settings.pop("model_type", None), families), **settings)
     file = Path(source) / "config.json"
     if not file.is_file():
         raise ValueError(f"backbone {str(source)!r} has no config.json; give a directory saved by Hugging Face")
-    supported(json.loads(file.read_text()).get("model_type"))
+    supported(json.loads(file.read_text()).get("model_type"), families)
     return AutoConfig.from_pretrained(str(source), local_files_only=True)
 
 

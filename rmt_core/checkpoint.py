@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from .build import build
 from .config import ModelConfig
+from .encoder import EncoderConfig, EncoderModel, build_encoder
 from .recurrent import RecurrentModel
 
-FORMAT = "rmt-model-1"
+AnyModel = RecurrentModel | EncoderModel
+ModelT = TypeVar("ModelT", RecurrentModel, EncoderModel)
+ConfigT = TypeVar("ConfigT")
+
+FORMAT, ENCODER_FORMAT = "rmt-model-1", "rmt-encoder-1"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -27,21 +33,21 @@ class SavesItself(Protocol):
     def save_pretrained(self, directory: str) -> object: ...
 
 
-def tensors_of(model: RecurrentModel) -> dict[str, Tensor]:
+def tensors_of(model: AnyModel) -> dict[str, Tensor]:
     """Every parameter and saved buffer once; of tied ones the first name."""
     kept = model.state_dict().keys()
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def save(directory: str | Path, model: RecurrentModel, tokenizer: SavesItself | None = None) -> None:
+def save(directory: str | Path, model: AnyModel, tokenizer: SavesItself | None = None) -> None:
     """Write the model so that the directory appears whole or not at all; an older one there is replaced."""
     save_tensors(directory, model.config, tensors_of(model), tokenizer)
 
 
 def save_tensors(
     directory: str | Path,
-    config: ModelConfig,
+    config: ModelConfig | EncoderConfig,
     tensors: dict[str, Tensor],
     tokenizer: SavesItself | None = None,
 ) -> None:
@@ -53,7 +59,8 @@ def save_tensors(
         os.chmod(part, 0o755)
         whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps({"format": FORMAT, "model": config.to_json()}, indent=2, sort_keys=True)
+        kind = FORMAT if isinstance(config, ModelConfig) else ENCODER_FORMAT
+        text = json.dumps({"format": kind, "model": config.to_json()}, indent=2, sort_keys=True)
         (part / CONFIG_FILE).write_text(text + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
@@ -75,25 +82,33 @@ def _replace(part: Path, target: Path) -> None:
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> RecurrentModel:
     """The model saved in a directory, in evaluation mode; a ValueError that names what is missing or does not fit."""
-    folder = Path(directory)
+    return _load(Path(directory), FORMAT, ModelConfig, build).to(device).eval()
+
+
+def load_encoder(directory: str | Path, device: torch.device | str = "cpu") -> EncoderModel:
+    """`load` for a directory written from an encoder."""
+    return _load(Path(directory), ENCODER_FORMAT, EncoderConfig, build_encoder).to(device).eval()
+
+
+def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Callable[[ConfigT], ModelT]) -> ModelT:
     try:
         saved = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError:
-        raise ValueError(
-            f"{str(directory)!r} has no {CONFIG_FILE}; give a directory written by rmt_core.save"
-        ) from None
+        raise ValueError(f"{str(folder)!r} has no {CONFIG_FILE}; give a directory written by rmt_core.save") from None
     except ValueError as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") != kind:
         found = saved.get("format") if isinstance(saved, dict) else None
+        other = {FORMAT: "load", ENCODER_FORMAT: "load_encoder"}.get(str(found))
+        hint = "a Hugging Face directory is a backbone, not a model with memory: build one from it"
         raise ValueError(
-            f"{str(folder / CONFIG_FILE)!r} has format {found!r}; this version reads {FORMAT!r} "
-            "(a Hugging Face directory is a backbone, not a model with memory: build one from it)"
+            f"{str(folder / CONFIG_FILE)!r} has format {found!r}; this version reads {kind!r} "
+            f"({f'use rmt_core.{other}' if other else hint})"
         )
     if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{str(directory)!r} has no {WEIGHTS_FILE}; it is not a whole model")
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}; it is not a whole model")
     try:
-        config = ModelConfig(**saved["model"])
+        config = configure(**saved["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r} is no model's configuration: {error}") from error
     model = build(config)
@@ -101,10 +116,10 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Recurrent
         _fill(model, folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{str(folder / WEIGHTS_FILE)!r} is not a whole safetensors file: {error}") from error
-    return model.to(device).eval()
+    return model
 
 
-def _fill(model: RecurrentModel, file: Path) -> None:
+def _fill(model: AnyModel, file: Path) -> None:
     """Copy the file's tensors into the model's; names, shapes and types must be the same."""
     wanted = tensors_of(model)
     with safe_open(file, framework="pt") as saved, torch.no_grad():
@@ -123,7 +138,7 @@ def _fill(model: RecurrentModel, file: Path) -> None:
             tensor.copy_(value)
 
 
-def fingerprint(model: RecurrentModel) -> str:
+def fingerprint(model: AnyModel) -> str:
     """A hash of configuration and weights, 64 hexadecimal digits: equal models, equal fingerprints."""
     digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(tensors_of(model).items()):

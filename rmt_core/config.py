@@ -51,18 +51,23 @@ class ModelConfig:
 
         backbone = config_from(self.backbone).to_dict()
         return {
-            "backbone": {key: value for key, value in backbone.items() if key not in _NOT_KEPT},
-            "memory": [
-                {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-                for settings in self.memory
-            ],
+            "backbone": {key: value for key, value in backbone.items() if key not in NOT_KEPT},
+            "memory": memory_to_json(self.memory),
             "segment_len": self.segment_len,
             "dtype": self.dtype,
         }
 
 
 # Of no meaning to the model, or naming the place it came from.
-_NOT_KEPT = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "id2label", "label2id")
+NOT_KEPT = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "id2label", "label2id")
+
+
+def memory_to_json(memory: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Settings with lists for tuples, which JSON has not."""
+    return [
+        {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        for settings in memory
+    ]
 
 
 def memory_settings(memory: Any) -> tuple[dict[str, Any], ...]:

@@ -23,6 +23,7 @@ class Dimensions(NamedTuple):
     head_width: int  # of the attention's heads: width / num_heads, where the family does not choose another
     embedding_std: float  # of the token embeddings: the scale of memory tokens
     has_relative_positions: bool  # rotary: cached positions keep their meaning in a later segment
+    encoder_layers: nn.ModuleList | None = None  # of an encoder; None: the backbone is causal
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Heads(NamedTuple):
     values: Tensor  # (B, H, C, D / H)
     scale: float  # of the logits
     dropout: float  # of the weights; 0 outside training
-    mask: Tensor | None  # (B, 1, 1, C), true where a token that is being decoded sees a key; else None: causal
+    mask: Tensor | None  # (B, 1, 1, C), true where a row sees a key; None: causal, in an encoder all
     context_filled: Tensor | None = None  # (B,) rows of a context that stand before the segment's; None without one
 
 
@@ -106,6 +107,24 @@ class Block(Protocol):
     ) -> Tensor: ...
 
 
+class EncoderBlock(Protocol):
+    """One encoder layer: of h (B, S, D) it gives the rows at `rows` (N,) int64, (B, N, D); None: all.
+
+    They attend to the rows of h at `seen` (C,) int64 (None: all) where these are no padding. `layer` is a module of the
+    same kind as the backbone's layer, whose weights stand in for it; `attention` stands in for attention.
+    """
+
+    def __call__(
+        self,
+        h: Tensor,
+        *,
+        rows: Tensor | None = None,
+        seen: Tensor | None = None,
+        layer: nn.Module | None = None,
+        attention: Attention | None = None,
+    ) -> Tensor: ...
+
+
 class Memory(nn.Module):
     """The memoryless model; a memory overrides only the hooks at which it acts.
 
@@ -116,6 +135,7 @@ class Memory(nn.Module):
     Config: ClassVar[type[Any]]  # a frozen dataclass of the memory's settings, checked in its __post_init__
     layer_local: ClassVar[bool] = True  # layer l of a segment needs only layer l of the segment before
     needs_relative_positions: ClassVar[bool] = False
+    for_encoders: ClassVar[bool] = False  # works on an encoder too, by `enter`, `encode` and `leave`
     runs_within: ClassVar[bool] = (
         False  # a token's reading depends on the open segment's tokens before it (see `Segment`)
     )
@@ -147,6 +167,10 @@ class Memory(nn.Module):
     def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
         """Run decoder layer `layer` on h (B, S, D)."""
         return block(h), state
+
+    def encode(self, layer: int, h: Tensor, block: EncoderBlock, segment: Segment) -> Tensor:
+        """Run encoder layer `layer` on h (B, S, D): a row of the encoder's own, the memory's, the text's."""
+        return block(h)
 
     def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
         """Hidden states after the final norm (B, S, D) -> those of the tokens (B, T, D)."""

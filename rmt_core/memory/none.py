@@ -14,3 +14,4 @@ class NoMemory(Memory):
     """The backbone as it is."""
 
     Config = NoConfig
+    for_encoders = True

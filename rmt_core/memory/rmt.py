@@ -48,9 +48,13 @@ class RMTMemory(Memory):
     memory and the P newest of those before it. The state is then `{"memory": (B, M, D), "past": (B, P, M, D),
     "count": (B,)}`, the oldest past memory first, zeros behind the `count` valid ones. Published code keeps all of
     them; nothing is detached.
+
+    On an encoder (arXiv:2304.11062, section 2) the memory stands once, before the text, and what comes out of its rows
+    is the new state; the options above are for causal backbones.
     """
 
     Config = RMTConfig
+    for_encoders = True
     layer_local = False  # the first layer of a segment needs the last layer of the one before
 
     def __init__(self, config: RMTConfig, dimensions: Dimensions) -> None:
@@ -58,8 +62,11 @@ class RMTMemory(Memory):
         width, std = dimensions.width, dimensions.embedding_std
         num_read = config.num_tokens if config.num_read_tokens is None else config.num_read_tokens
         retrieves = config.max_past_memories > 0
+        self.stands_once = dimensions.encoder_layers is not None
+        if self.stands_once and config != RMTConfig(config.num_tokens):
+            raise ValueError("on an encoder memory 'rmt' has one block, read and written: it takes num_tokens only")
         self.rows_before = num_read * (2 if retrieves else 1)
-        self.rows_after = config.num_tokens
+        self.rows_after = 0 if self.stands_once else config.num_tokens
         self.num_carried = min(num_read, config.num_tokens)  # written rows that are read
         num_extra = num_read - self.num_carried
         self.initial = LearnedRows(config.num_tokens, width, std)
@@ -82,7 +89,8 @@ class RMTMemory(Memory):
             read = torch.cat([read, self.extra(len(read))], dim=1)
         if self.retrieval is not None:
             read = torch.cat([read, self.retrieval(read, memory, state["past"], state["count"])], dim=1)
-        text = append_rows(x, memory, segment.lengths) if segment.writes else x
+        writes = segment.writes and not self.stands_once
+        text = append_rows(x, memory, segment.lengths) if writes else x
         return torch.cat([read, text], dim=1)  # (B, S, D)
 
     def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
@@ -94,7 +102,9 @@ class RMTMemory(Memory):
     def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
         if segment.stage == "extend":
             return h, state
-        h = h[:, self.rows_before :]
+        read, h = h[:, : self.rows_before], h[:, self.rows_before :]
+        if self.stands_once:
+            return h, read
         if not segment.writes:
             return h, state
         text, written = split_rows(h, self.rows_after, segment.lengths)
