@@ -112,6 +112,7 @@ class EncoderBackbone(nn.Module):
             width=lm.config.hidden_size,
             num_layers=lm.config.num_hidden_layers,
             num_heads=lm.config.num_attention_heads,
+            head_width=lm.config.hidden_size // lm.config.num_attention_heads,
             embedding_std=float(words.std()),
             has_relative_positions=False,
             encoder_layers=self.family.layers(lm),
