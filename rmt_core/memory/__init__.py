@@ -3,6 +3,7 @@
 from .associative import ARMTMemory
 from .base import Memory
 from .continuous import InfinityMemory
+from .hadamard import SHMMemory
 from .lookahead import LaMemoMemory
 from .none import NoMemory
 from .rmt import RMTMemory
@@ -17,4 +18,5 @@ MEMORIES: dict[str, type[Memory]] = {
     "armt": ARMTMemory,
     "lamemo": LaMemoMemory,
     "infinity": InfinityMemory,
+    "shm": SHMMemory,
 }

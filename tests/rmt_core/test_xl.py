@@ -3,6 +3,7 @@
 Axes: N tokens of a text, S positions of a segment, P cached positions, C = P + S, H heads, D width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -43,8 +44,10 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def naive_layer(layer: Any, h: Tensor, cached: Tensor, num_heads: int) -> Tensor:
-    """One llama layer on h (S, D), whose attention also sees `cached` (P, D)."""
+def naive_layer(
+    layer: Any, h: Tensor, cached: Tensor, num_heads: int, between: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """One llama layer on h (S, D), whose attention also sees `cached` (P, D), mapped by `between` after attention."""
     attention, size = layer.self_attn, len(h)
     normed = rms_norm(torch.cat([cached, h]), layer.input_layernorm)  # (C, D)
 
@@ -57,6 +60,7 @@ def naive_layer(layer: Any, h: Tensor, cached: Tensor, num_heads: int) -> Tensor
     hidden_keys = torch.ones(size, len(normed), dtype=torch.bool).triu(len(cached) + 1)
     mixed = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1) @ values
     h = h + mixed.transpose(0, 1).flatten(1) @ attention.o_proj.weight.T
+    h = h if between is None else between(h)
     x, mlp = rms_norm(h, layer.post_attention_layernorm), layer.mlp
     gated = F.silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)
     return h + gated @ mlp.down_proj.weight.T

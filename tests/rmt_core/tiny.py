@@ -20,6 +20,7 @@ XL = {"kind": "xl", "cache_len": 8}
 LAMEMO = {"kind": "lamemo", "cache_len": 8}
 MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
 ARMT = {"kind": "armt", "num_tokens": 3, "key_width": 8}
+SHM = {"kind": "shm", "size": 8, "num_thetas": 5}
 OPEN_RMT = {"kind": "rmt", "num_tokens": 3, "bidirectional": True}
 RMT_R = {"kind": "rmt", "num_tokens": 3, "max_past_memories": 2}
 INFINITY = {"kind": "infinity", "num_basis": 8, "basis_widths": [0.05, 0.2], "num_samples": 5, "kl_weight": 0.01}
@@ -36,6 +37,8 @@ MEMORIES: dict[str, Any] = {
     "memformer+rmt": [MEMFORMER, RMT],
     "armt": ARMT,
     "xl+armt": [XL, ARMT],
+    "shm": SHM,
+    "shm+rmt": [SHM, RMT],
     "rmt-open": OPEN_RMT,
     "xl+rmt-open": [XL, OPEN_RMT],
     "rmt-5-read": {"kind": "rmt", "num_tokens": 3, "num_read_tokens": 5},
@@ -53,6 +56,7 @@ OFF: dict[str, Any] = {
     "memformer": {"kind": "memformer", "num_slots": 0},
     "armt": {"kind": "armt", "num_tokens": 0},
     "infinity": {"kind": "infinity", "num_basis": 0},
+    "shm": {"kind": "shm", "size": 0},
 }
 
 # Where a family has something of its own, the tiny configuration uses it.
