@@ -21,6 +21,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .memory.base import Attention, Block, Context, Dimensions, Heads, take, weave
 
+
+class FeedForward(nn.Module):
+    """What may replace a layer's feed-forward part: normed h (..., D) -> (..., D), without the residual."""
+
+    def penalty(self) -> Tensor:
+        """Its auxiliary loss, ()."""
+        raise NotImplementedError
+
+
 Angles = Any  # what a family's rotary embedding gives: a pair (cos, sin), one pair a layer type, or None
 
 
@@ -164,6 +173,15 @@ class Backbone(nn.Module):
         window = self.family.window(self.lm.config)
         limit: int = self.lm.config.max_position_embeddings
         return limit if window is None else min(limit, window)
+
+    def replace_feed_forward(self, layer: int, module: FeedForward) -> None:
+        """Put `module` in the place of a layer's feed-forward part, whose weights are dropped."""
+        self.family.layers(self.lm)[layer].mlp = module
+
+    def penalties(self) -> list[Tensor]:
+        """Auxiliary losses of replaced feed-forward parts, () each."""
+        parts = [layer.mlp for layer in self.family.layers(self.lm)]
+        return [part.penalty() for part in parts if isinstance(part, FeedForward)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D)."""

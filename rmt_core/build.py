@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+import torch
+
 from .backbone import Backbone, load_lm
-from .config import DTYPES, ModelConfig
+from .config import DTYPES, FEED_FORWARDS, ModelConfig
 from .memory import MEMORIES
 from .memory.base import Dimensions, Memory
 from .memory.composed import ComposedMemory
@@ -23,6 +25,8 @@ def build(config: ModelConfig | None = None, **settings: Any) -> RecurrentModel:
         raise ValueError(f"give a configuration or keywords, not both: {', '.join(settings)}")
     dtype = DTYPES[config.dtype]
     backbone = Backbone(load_lm(config.backbone, dtype))
+    if config.feed_forward is not None:
+        replace_feed_forwards(backbone, config.feed_forward, dtype)
     memory = build_memory(config, backbone.dimensions).to(dtype)
     return RecurrentModel(backbone, memory, config).eval()
 
@@ -32,6 +36,23 @@ def build_memory(config: ModelConfig, dimensions: Dimensions) -> Memory:
     members = []
     for settings in config.memory:
         kind = MEMORIES[settings["kind"]]
-        fields = {field.name: settings[field.name] for field in dataclasses.fields(kind.Config)}
-        members.append(kind(kind.Config(**fields), dimensions))
+        members.append(kind(_own_config(kind.Config, settings), dimensions))
     return members[0] if len(members) == 1 else ComposedMemory(members, dimensions)
+
+
+def replace_feed_forwards(backbone: Backbone, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Put what the settings name in the place of some layers' feed-forward parts."""
+    kind = FEED_FORWARDS[settings["kind"]]
+    config = _own_config(kind.Config, settings)
+    num_layers = backbone.dimensions.num_layers
+    layers = range(num_layers) if config.layers is None else config.layers
+    if any(layer >= num_layers for layer in layers):
+        raise ValueError(f"feed_forward.layers is {list(layers)}; the backbone has layers 0 to {num_layers - 1}")
+    for layer in layers:
+        part = kind(config, backbone.dimensions.width, backbone.lm.config.initializer_range)
+        backbone.replace_feed_forward(layer, part.to(dtype))
+
+
+def _own_config(config: type[Any], settings: dict[str, Any]) -> Any:
+    """The configuration of a kind from settings that name the kind too."""
+    return config(**{field.name: settings[field.name] for field in dataclasses.fields(config)})

@@ -129,7 +129,8 @@ class RecurrentModel(nn.Module):
             new = states.where(lengths > 0, new, state)
         if active is not None:
             new = states.where(active, new, given)
-        aux = torch.stack(segment.aux).sum() if segment.aux else hidden.new_zeros(())
+        losses = [*segment.aux, *self.backbone.penalties()]
+        aux = torch.stack(losses).sum() if losses else hidden.new_zeros(())
         return Output(hidden, aux, self.backbone), new
 
     def read(

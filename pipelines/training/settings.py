@@ -13,8 +13,8 @@ from pipelines.config import Config, Count, InputError
 from pipelines.data.tokenise import Tokenizer
 
 
-def _memory(value: Any) -> Any:
-    """`rmt`, or JSON: {"kind": "rmt", "num_tokens": 8}, or a list of such."""
+def _kind(value: Any) -> Any:
+    """A kind, such as `rmt`, or JSON: {"kind": "rmt", "num_tokens": 8}, or a list of such."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)
@@ -41,9 +41,13 @@ class ModelSettings(Config):
     max_positions: Count = Field(
         default=2048, ge=1, description="of a new backbone: positions a segment may take with its memory"
     )
-    memory: Annotated[Any, pydantic.BeforeValidator(_memory)] = Field(
+    memory: Annotated[Any, pydantic.BeforeValidator(_kind)] = Field(
         default={"kind": "rmt", "num_tokens": 4},
         description="memory kind, or JSON with its settings, or a JSON list of such",
+    )
+    feed_forward: Annotated[Any, pydantic.BeforeValidator(_kind)] = Field(
+        default=None,
+        description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; none: nothing",
     )
 
 
@@ -204,7 +208,11 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) ->
     elif not Path(backbone).is_dir():
         raise InputError(f"model.backbone {backbone!r} is not a directory; give one saved by Hugging Face")
     return rmt_core.ModelConfig(
-        backbone=backbone, memory=settings.memory, segment_len=segment_len, dtype=config.workers.precision
+        backbone=backbone,
+        memory=settings.memory,
+        segment_len=segment_len,
+        dtype=config.workers.precision,
+        feed_forward=settings.feed_forward,
     )
 
 

@@ -177,11 +177,11 @@ class Memory(nn.Module):
         return h, state
 
 
-def at_least(minimum: float, settings: Any, *names: str) -> None:
-    """A ValueError where a setting of a memory is below `minimum`."""
+def at_least(minimum: float, settings: Any, *names: str, of: str = "memory") -> None:
+    """A ValueError where a setting, of a memory or of what `of` names, is below `minimum`."""
     for name in names:
         if not getattr(settings, name) >= minimum:
-            raise ValueError(f"memory.{name} is {getattr(settings, name)}; it must be at least {minimum}")
+            raise ValueError(f"{of}.{name} is {getattr(settings, name)}; it must be at least {minimum}")
 
 
 class LayerMemory(nn.Module):
