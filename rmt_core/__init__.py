@@ -1,6 +1,7 @@
 """Long context by recurrent memory: a Hugging Face causal LM and a memory carried from segment to segment."""
 
 from . import state
+from .attention import AttentionMaps, AttentionMass, attention_maps, attention_mass, mean_over_heads
 from .build import build
 from .checkpoint import fingerprint, load, load_encoder, save
 from .config import ModelConfig
@@ -13,6 +14,8 @@ from .recurrent import IGNORED, Output, RecurrentModel, SegmentBatch, Unrolled, 
 __all__ = [
     "IGNORED",
     "MEMORIES",
+    "AttentionMaps",
+    "AttentionMass",
     "Classified",
     "EncoderConfig",
     "EncoderModel",
@@ -25,6 +28,8 @@ __all__ = [
     "SegmentBatch",
     "Session",
     "Unrolled",
+    "attention_maps",
+    "attention_mass",
     "backward",
     "build",
     "build_encoder",
@@ -32,6 +37,7 @@ __all__ = [
     "generate",
     "load",
     "load_encoder",
+    "mean_over_heads",
     "open_session",
     "read",
     "run",

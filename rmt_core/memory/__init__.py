@@ -5,6 +5,7 @@ from .base import Memory
 from .continuous import InfinityMemory
 from .hadamard import SHMMemory
 from .lookahead import LaMemoMemory
+from .memory_transformer import MemoryTransformerMemory
 from .none import NoMemory
 from .rmt import RMTMemory
 from .slots import MemformerMemory
@@ -19,4 +20,5 @@ MEMORIES: dict[str, type[Memory]] = {
     "lamemo": LaMemoMemory,
     "infinity": InfinityMemory,
     "shm": SHMMemory,
+    "memory_transformer": MemoryTransformerMemory,
 }

@@ -112,6 +112,7 @@ class ARMTMemory(LayerwiseMemory):
     """
 
     Config = ARMTConfig
+    has_rows_only = True
 
     def __init__(self, config: ARMTConfig, dimensions: Dimensions) -> None:
         super().__init__(config, dimensions)

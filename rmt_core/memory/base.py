@@ -135,6 +135,7 @@ class Memory(nn.Module):
     Config: ClassVar[type[Any]]  # a frozen dataclass of the memory's settings, checked in its __post_init__
     layer_local: ClassVar[bool] = True  # layer l of a segment needs only layer l of the segment before
     needs_relative_positions: ClassVar[bool] = False
+    has_rows_only: ClassVar[bool] = False  # attention sees its rows and the text's, and averages nothing else
     for_encoders: ClassVar[bool] = False  # works on an encoder too, by `enter`, `encode` and `leave`
     runs_within: ClassVar[bool] = (
         False  # a token's reading depends on the open segment's tokens before it (see `Segment`)

@@ -14,4 +14,5 @@ class NoMemory(Memory):
     """The backbone as it is."""
 
     Config = NoConfig
+    has_rows_only = True
     for_encoders = True

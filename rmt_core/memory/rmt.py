@@ -54,6 +54,7 @@ class RMTMemory(Memory):
     """
 
     Config = RMTConfig
+    has_rows_only = True
     for_encoders = True
     layer_local = False  # the first layer of a segment needs the last layer of the one before
 

@@ -58,6 +58,7 @@ OFF: dict[str, Any] = {
     "infinity": {"kind": "infinity", "num_basis": 0},
     "shm": {"kind": "shm", "size": 0},
 }
+ENCODER_ONLY = {"memory_transformer"}  # kinds that a causal backbone cannot have
 
 # Where a family has something of its own, the tiny configuration uses it.
 SPECIAL: dict[str, dict[str, Any]] = {
