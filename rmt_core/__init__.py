@@ -3,13 +3,14 @@
 from . import state
 from .attention import AttentionMaps, AttentionMass, attention_maps, attention_mass, mean_over_heads
 from .build import build
-from .checkpoint import fingerprint, load, load_encoder, save
+from .checkpoint import fingerprint, load, load_encoder, load_seq2seq, save
 from .config import ModelConfig
 from .encoder import Classified, EncoderConfig, EncoderModel, EncoderOutput, build_encoder
 from .generation import Generation, Sampling, Session, generate, open_session, read
 from .gradients import backward
 from .memory import MEMORIES
 from .recurrent import IGNORED, Output, RecurrentModel, SegmentBatch, Unrolled, run
+from .seq2seq import Encoded, Seq2SeqBatch, Seq2SeqConfig, Seq2SeqModel, build_seq2seq
 
 __all__ = [
     "IGNORED",
@@ -17,6 +18,7 @@ __all__ = [
     "AttentionMaps",
     "AttentionMass",
     "Classified",
+    "Encoded",
     "EncoderConfig",
     "EncoderModel",
     "EncoderOutput",
@@ -26,6 +28,9 @@ __all__ = [
     "RecurrentModel",
     "Sampling",
     "SegmentBatch",
+    "Seq2SeqBatch",
+    "Seq2SeqConfig",
+    "Seq2SeqModel",
     "Session",
     "Unrolled",
     "attention_maps",
@@ -33,10 +38,12 @@ __all__ = [
     "backward",
     "build",
     "build_encoder",
+    "build_seq2seq",
     "fingerprint",
     "generate",
     "load",
     "load_encoder",
+    "load_seq2seq",
     "mean_over_heads",
     "open_session",
     "read",

@@ -332,11 +332,16 @@ def load_lm(source: str | Path | dict[str, Any] | PretrainedConfig, dtype: torch
     config = config_from(source)
     family_of(config)
     _make_attention_known()
+    return load_weights(AutoModelForCausalLM, source, config, attn_implementation=ATTENTION, dtype=dtype)
+
+
+def load_weights(
+    auto: Any, source: str | Path | dict[str, Any] | PretrainedConfig, config: PretrainedConfig, **settings: Any
+) -> PreTrainedModel:
+    """A model made by a transformers `Auto` class with `settings`: from a directory, or random for a configuration."""
     if not isinstance(source, str | Path):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
-    lm, report = AutoModelForCausalLM.from_pretrained(
-        str(source), local_files_only=True, attn_implementation=ATTENTION, dtype=dtype, output_loading_info=True
-    )
+        return auto.from_config(config, **settings)
+    lm, report = auto.from_pretrained(str(source), local_files_only=True, output_loading_info=True, **settings)
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         raise ValueError(f"the weights in {str(source)!r} do not fit its config.json: {wrong}")

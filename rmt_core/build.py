@@ -1,6 +1,7 @@
 """A configuration made into a model."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ def build(config: ModelConfig | None = None, **settings: Any) -> RecurrentModel:
     backbone = Backbone(load_lm(config.backbone, dtype))
     if config.feed_forward is not None:
         replace_feed_forwards(backbone, config.feed_forward, dtype)
-    memory = build_memory(config, backbone.dimensions).to(dtype)
+    memory = build_memory(config.memory, backbone.dimensions).to(dtype)
     return RecurrentModel(backbone, memory, config).eval()
 
 
-def build_memory(config: ModelConfig, dimensions: Dimensions) -> Memory:
-    """The memory, or the composition of several."""
+def build_memory(memory: Iterable[dict[str, Any]], dimensions: Dimensions) -> Memory:
+    """The memory of checked settings, or the composition of several."""
     members = []
-    for settings in config.memory:
+    for settings in memory:
         kind = MEMORIES[settings["kind"]]
         members.append(kind(_own_config(kind.Config, settings), dimensions))
     return members[0] if len(members) == 1 else ComposedMemory(members, dimensions)

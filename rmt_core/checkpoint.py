@@ -18,12 +18,20 @@ from .build import build
 from .config import ModelConfig
 from .encoder import EncoderConfig, EncoderModel, build_encoder
 from .recurrent import RecurrentModel
+from .seq2seq import Seq2SeqConfig, Seq2SeqModel, build_seq2seq
 
-AnyModel = RecurrentModel | EncoderModel
-ModelT = TypeVar("ModelT", RecurrentModel, EncoderModel)
+AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
+AnyModel = RecurrentModel | EncoderModel | Seq2SeqModel
+ModelT = TypeVar("ModelT", RecurrentModel, EncoderModel, Seq2SeqModel)
 ConfigT = TypeVar("ConfigT")
 
-FORMAT, ENCODER_FORMAT = "rmt-model-1", "rmt-encoder-1"
+FORMAT, ENCODER_FORMAT, SEQ2SEQ_FORMAT = "rmt-model-1", "rmt-encoder-1", "rmt-seq2seq-1"
+FORMATS: dict[type[AnyConfig], str] = {
+    ModelConfig: FORMAT,
+    EncoderConfig: ENCODER_FORMAT,
+    Seq2SeqConfig: SEQ2SEQ_FORMAT,
+}
+LOADERS = {FORMAT: "load", ENCODER_FORMAT: "load_encoder", SEQ2SEQ_FORMAT: "load_seq2seq"}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -47,7 +55,7 @@ def save(directory: str | Path, model: AnyModel, tokenizer: SavesItself | None =
 
 def save_tensors(
     directory: str | Path,
-    config: ModelConfig | EncoderConfig,
+    config: AnyConfig,
     tensors: dict[str, Tensor],
     tokenizer: SavesItself | None = None,
 ) -> None:
@@ -59,8 +67,7 @@ def save_tensors(
         os.chmod(part, 0o755)
         whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        kind = FORMAT if isinstance(config, ModelConfig) else ENCODER_FORMAT
-        text = json.dumps({"format": kind, "model": config.to_json()}, indent=2, sort_keys=True)
+        text = json.dumps({"format": FORMATS[type(config)], "model": config.to_json()}, indent=2, sort_keys=True)
         (part / CONFIG_FILE).write_text(text + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
@@ -90,6 +97,11 @@ def load_encoder(directory: str | Path, device: torch.device | str = "cpu") -> E
     return _load(Path(directory), ENCODER_FORMAT, EncoderConfig, build_encoder).to(device).eval()
 
 
+def load_seq2seq(directory: str | Path, device: torch.device | str = "cpu") -> Seq2SeqModel:
+    """`load` for a directory written from an encoder-decoder."""
+    return _load(Path(directory), SEQ2SEQ_FORMAT, Seq2SeqConfig, build_seq2seq).to(device).eval()
+
+
 def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Callable[[ConfigT], ModelT]) -> ModelT:
     try:
         saved = json.loads((folder / CONFIG_FILE).read_text())
@@ -99,7 +111,7 @@ def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Cal
         raise ValueError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from error
     if not isinstance(saved, dict) or saved.get("format") != kind:
         found = saved.get("format") if isinstance(saved, dict) else None
-        other = {FORMAT: "load", ENCODER_FORMAT: "load_encoder"}.get(str(found))
+        other = LOADERS.get(str(found))
         hint = "a Hugging Face directory is a backbone, not a model with memory: build one from it"
         raise ValueError(
             f"{str(folder / CONFIG_FILE)!r} has format {found!r}; this version reads {kind!r} "

@@ -4,8 +4,8 @@ Axes: B rows, N tokens of a text, T tokens of a segment, K segments, S positions
 V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,24 @@ class Output:
     Logits are computed when they are asked for and not before. At padding, values are finite and without meaning.
     """
 
-    def __init__(self, hidden: Tensor, aux: Tensor, backbone: Backbone) -> None:
+    def __init__(self, hidden: Tensor, aux: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         self.hidden = hidden
         self.aux = aux
-        self._backbone = backbone
+        self.head = head
 
     @property
     def logits(self) -> Tensor:
-        return self._backbone.head(self.hidden)
+        return self.head(self.hidden)
+
+    def loss(self, labels: Tensor, weights: Tensor | None = None) -> "SegmentLoss":
+        """The loss of labels (B, T), weighted by `weights` (B, T); the head is applied only where a label asks."""
+        asked = labels != IGNORED
+        logits = self.head(self.hidden[asked])  # (labels, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, labels[asked], reduction="none")
+        weights = asked.to(losses.dtype) if weights is None else weights.to(losses.dtype) * asked
+        nats = losses.detach().new_zeros(asked.shape).masked_scatter(asked, losses.detach())
+        return SegmentLoss((losses * weights[asked]).sum(), weights.sum(), self.aux, nats)
 
 
 class SegmentBatch(NamedTuple):
@@ -62,7 +72,7 @@ class Unrolled(NamedTuple):
         return self.loss_sum / self.weight.where(self.weight > 0, 1) + self.aux
 
 
-class _SegmentLoss(NamedTuple):
+class SegmentLoss(NamedTuple):
     """`Unrolled` for one segment."""
 
     loss_sum: Tensor
@@ -71,7 +81,59 @@ class _SegmentLoss(NamedTuple):
     nats: Tensor
 
 
-class RecurrentModel(nn.Module):
+Batch = TypeVar("Batch")  # one segment of each row, with what is asked of it
+
+
+class SegmentModel(nn.Module, Generic[Batch]):
+    """What reads segment by segment, carrying the state of a memory: the loop over segments."""
+
+    memory: Memory
+
+    @property
+    def segment_len(self) -> int:
+        """Tokens of a segment at most."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before a document's first segment, for `batch_size` rows."""
+        return self.memory.init_state(batch_size)
+
+    def unroll(
+        self,
+        segments: Sequence[Batch],
+        state: State,
+        *,
+        bptt_segments: int | None = None,
+        checkpointed: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Unrolled:
+        """The loss over consecutive segments, carrying the state.
+
+        The gradient crosses no edge between windows of `bptt_segments` segments; None lets it cross all. With
+        `checkpointed`, a segment's activations are computed again in the backward pass instead of kept.
+        """
+        if not segments:
+            raise ValueError("unroll needs at least one segment")
+        parts: list[SegmentLoss] = []
+        for i, segment in enumerate(segments):
+            if bptt_segments is not None and i and i % bptt_segments == 0:
+                state = states.detach(state)
+            if checkpointed:
+                part, state = checkpoint(self._segment_loss, segment, state, generator, use_reentrant=False)
+            else:
+                part, state = self._segment_loss(segment, state, generator)
+            parts.append(part)
+        sums, weights, aux, nats = zip(*parts, strict=True)
+        return Unrolled(torch.stack(sums).sum(), torch.stack(weights).sum(), torch.stack(aux).mean(), nats, state)
+
+    def _segment_loss(
+        self, segment: Batch, state: State, generator: torch.Generator | None
+    ) -> tuple[SegmentLoss, State]:
+        """The loss of one segment and the state after it."""
+        raise NotImplementedError
+
+
+class RecurrentModel(SegmentModel[SegmentBatch]):
     """A causal LM with a memory. Parameters only: the state comes in and goes out."""
 
     def __init__(self, backbone: Backbone, memory: Memory, config: ModelConfig) -> None:
@@ -98,10 +160,6 @@ class RecurrentModel(nn.Module):
     @property
     def segment_len(self) -> int:
         return self.config.segment_len
-
-    def init_state(self, batch_size: int) -> State:
-        """The state before a document's first segment, for `batch_size` rows."""
-        return self.memory.init_state(batch_size)
 
     def step(
         self,
@@ -131,7 +189,7 @@ class RecurrentModel(nn.Module):
             new = states.where(active, new, given)
         losses = [*segment.aux, *self.backbone.penalties()]
         aux = torch.stack(losses).sum() if losses else hidden.new_zeros(())
-        return Output(hidden, aux, self.backbone), new
+        return Output(hidden, aux, self.backbone.head), new
 
     def read(
         self, tokens: Tensor, state: State, segment: Segment, placement: Placement | None = None
@@ -146,46 +204,12 @@ class RecurrentModel(nn.Module):
             h, state = memory.around(layer, h, block, state, segment)
         return memory.leave(backbone.norm(h), state, segment)
 
-    def unroll(
-        self,
-        segments: Sequence[SegmentBatch],
-        state: State,
-        *,
-        bptt_segments: int | None = None,
-        checkpointed: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Unrolled:
-        """The loss over consecutive segments, carrying the state.
-
-        The gradient crosses no edge between windows of `bptt_segments` segments; None lets it cross all. With
-        `checkpointed`, a segment's activations are computed again in the backward pass instead of kept.
-        """
-        if not segments:
-            raise ValueError("unroll needs at least one segment")
-        parts: list[_SegmentLoss] = []
-        for i, segment in enumerate(segments):
-            if bptt_segments is not None and i and i % bptt_segments == 0:
-                state = states.detach(state)
-            if checkpointed:
-                part, state = checkpoint(self._segment_loss, segment, state, generator, use_reentrant=False)
-            else:
-                part, state = self._segment_loss(segment, state, generator)
-            parts.append(part)
-        sums, weights, aux, nats = zip(*parts, strict=True)
-        return Unrolled(torch.stack(sums).sum(), torch.stack(weights).sum(), torch.stack(aux).mean(), nats, state)
-
     def _segment_loss(
         self, segment: SegmentBatch, state: State, generator: torch.Generator | None
-    ) -> tuple["_SegmentLoss", State]:
+    ) -> tuple[SegmentLoss, State]:
         """The loss of one segment and the state after it; the head only where a label asks for it."""
         out, state = self.step(segment.tokens, state, segment.lengths, segment.reset, generator=generator)
-        asked = segment.labels != IGNORED
-        logits = self.backbone.head(out.hidden[asked])  # (labels, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, segment.labels[asked], reduction="none")
-        weights = asked.to(losses.dtype) if segment.weights is None else segment.weights.to(losses.dtype) * asked
-        nats = losses.detach().new_zeros(asked.shape).masked_scatter(asked, losses.detach())
-        return _SegmentLoss((losses * weights[asked]).sum(), weights.sum(), out.aux, nats), state
+        return out.loss(segment.labels, segment.weights), state
 
     def forward(
         self,
@@ -246,4 +270,4 @@ def run(
         out, state = model.step(part, state, _part_lengths(lengths, i * model.segment_len, part.shape[1]))
         hidden.append(out.hidden)
         aux.append(out.aux)
-    return Output(torch.cat(hidden, dim=1), torch.stack(aux).sum(), model.backbone), state
+    return Output(torch.cat(hidden, dim=1), torch.stack(aux).sum(), model.backbone.head), state

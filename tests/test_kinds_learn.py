@@ -72,6 +72,7 @@ class Kind(NamedTuple):
 KINDS = {
     "rmt": Kind({"kind": "rmt", "num_tokens": 4}),
     "xl": Kind({"kind": "xl", "cache_len": T}, copy, (2,), (200,)),
+    "memformer": Kind({"kind": "memformer", "num_slots": 8}, steps=(60, 200, 160)),
 }
 
 

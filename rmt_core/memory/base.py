@@ -136,6 +136,7 @@ class Memory(nn.Module):
     layer_local: ClassVar[bool] = True  # layer l of a segment needs only layer l of the segment before
     needs_relative_positions: ClassVar[bool] = False
     has_rows_only: ClassVar[bool] = False  # attention sees its rows and the text's, and averages nothing else
+    for_encoder_decoders: ClassVar[bool] = False  # works in a bidirectional encoder too, by `around` and `leave`
     for_encoders: ClassVar[bool] = False  # works on an encoder too, by `enter`, `encode` and `leave`
     runs_within: ClassVar[bool] = (
         False  # a token's reading depends on the open segment's tokens before it (see `Segment`)

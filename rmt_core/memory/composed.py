@@ -29,6 +29,7 @@ class ComposedMemory(Memory):
         self.layer_local = all(member.layer_local for member in members)  # type: ignore[misc]
         self.needs_relative_positions = any(member.needs_relative_positions for member in members)  # type: ignore[misc]
         self.has_rows_only = all(member.has_rows_only for member in members)  # type: ignore[misc]
+        self.for_encoder_decoders = all(member.for_encoder_decoders for member in members)  # type: ignore[misc]
         self.runs_within = any(member.runs_within for member in members)  # type: ignore[misc]
         self.rows_before = sum(member.rows_before for member in members)
         self.rows_after = sum(member.rows_after for member in members)

@@ -16,3 +16,4 @@ class NoMemory(Memory):
     Config = NoConfig
     has_rows_only = True
     for_encoders = True
+    for_encoder_decoders = True

@@ -43,6 +43,7 @@ class MemformerMemory(Memory):
     """
 
     Config = MemformerConfig
+    for_encoder_decoders = True
     layer_local = False  # the first layer of a segment reads what the last layer of the one before has written
 
     def __init__(self, config: MemformerConfig, dimensions: Dimensions) -> None:
