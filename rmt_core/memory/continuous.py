@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..state import State
 from .base import Block, Dimensions, LayerMemory, LayerwiseMemory, Segment, at_least
 
-BINS = 128  # of the attention's histogram over [0, 1]; section 3.3
+BINS = 128  # of the attention's histogram over [0, 1], the paper's number
 PRIOR_STD = 0.05  # of the attention's Gaussian in the KL term
 MIN_VARIANCE = 1e-6  # of the attention's Gaussian, as in the authors' sorting experiment
 
@@ -83,7 +83,7 @@ class Basis(NamedTuple):
         return gaussian(points[..., None], self.centres, self.variances)
 
     def under(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """The means of psi under Normal(mean, variance), both (...): (..., N). In closed form (section 3.1)."""
+        """The means of psi under Normal(mean, variance), both (...): (..., N). In closed form."""
         return gaussian(mean[..., None], self.centres, variance[..., None] + self.variances)
 
 
@@ -100,9 +100,9 @@ def fit(num_vectors: Tensor, first: Tensor, max_vectors: int, config: InfinityCo
 
     Fit r has `num_vectors[r]` <= T = `max_vectors` new vectors; columns of those that it has not are 0. Where
     `first[r]` there is no old curve: the new vectors lie at the middles of equal parts of [0, 1] and the columns of old
-    samples are 0. Otherwise old samples lie so on [0, contraction] and new vectors on [contraction, 1]. As many zeros
-    as half the vectors follow on either side, at the spacing 1 / vectors. Ridge regression:
-    `G = (F F' + ridge I)^-1 F`, F = psi at all points (equation 5).
+    samples are 0. Otherwise old samples lie so on [0, contraction] and new vectors on [contraction, 1]. On either side
+    zeros follow, half as many as the P vectors between them (rounded up), at the spacing 1 / P. Ridge regression:
+    `G = (F F' + ridge I)^-1 F`, F = psi at all points. Costs about R N^2 (M + T) multiplications times 4.
     """
     device, num_old, tau = num_vectors.device, config.num_samples, config.contraction
     basis = _basis(config.num_basis, config.basis_widths, torch.float64, device)
@@ -110,31 +110,25 @@ def fit(num_vectors: Tensor, first: Tensor, max_vectors: int, config: InfinityCo
     def middles(count: int) -> Tensor:
         return torch.arange(count, dtype=torch.float64, device=device) + 0.5
 
-    first, count = first[:, None], num_vectors[:, None].double()  # (R, 1)
-    start = torch.where(first, 0.0, tau)
-    total = (count + torch.where(first, 0.0, float(num_old))).clamp(min=1)
+    updates, count = (~first[:, None]).double(), num_vectors[:, None].double()  # (R, 1)
+    start, total = tau * updates, (count + num_old * updates).clamp(min=1)
     beyond = middles((num_old + max_vectors + 1) // 2).expand(len(first), -1)
     old, new = middles(num_old).expand(len(first), -1) / num_old * tau, middles(max_vectors)
     points = [old, start + (1 - start) * new / count.clamp(min=1), -beyond / total, 1 + beyond / total]
     padded = beyond < (total / 2).ceil()
-    real = torch.cat([~first.expand_as(old), new < count, padded, padded], dim=1)  # (R, P)
+    real = torch.cat([updates.expand_as(old) > 0, new < count, padded, padded], dim=1)  # (R, P)
     psi = basis.at(torch.cat(points, dim=1)) * real[..., None]  # (R, P, N)
     gram = psi.mT @ psi + config.ridge * torch.eye(config.num_basis, dtype=torch.float64, device=device)
     factor, _ = torch.linalg.cholesky_ex(gram)  # positive definite: the ridge is above 0
     return torch.cholesky_solve(psi[:, : num_old + max_vectors].mT, factor)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _fit_of_whole(num_vectors: int, config: InfinityConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`fit` where all rows have as many vectors: a first fit and an update, (2, N, M + T)."""
     with torch.inference_mode(False):
-        both = fit(
-            torch.tensor([num_vectors] * 2, device="cpu"),
-            torch.tensor([True, False], device="cpu"),
-            num_vectors,
-            config,
-        )
-        return both.to(device, dtype)
+        first = torch.tensor([True, False], device="cpu")
+        return fit(torch.full_like(first, num_vectors, dtype=torch.long), first, num_vectors, config).to(device, dtype)
 
 
 class Reading(NamedTuple):
@@ -185,7 +179,7 @@ class CurveLayer(LayerMemory):
         return out, new
 
     def _read(self, x: Tensor, curve: Tensor) -> Reading:
-        """x (B, S, D) attends to curve (B, N, D), each head through one Gaussian a query (sections 3.1 and 3.2).
+        """x (B, S, D) attends to curve (B, N, D), each head through one Gaussian a query.
 
         The scores `q K'` (B, H, S, N) matter only through `place`, which is linear: it is applied to the keys first.
         """
@@ -203,7 +197,10 @@ class CurveLayer(LayerMemory):
         return x if self.smoothing is None else x * self.smoothing(x.mT).mT.sigmoid()
 
     def _refit(self, curve: Tensor, points: Tensor, x: Tensor, empty: Tensor, segment: Segment) -> Tensor:
-        """The curve (B, N, D) through the old one's values at points (B, M), contracted, and x (B, T, D) after them."""
+        """The curve (B, N, D) through the old one's values at points (B, M), contracted, and x (B, T, D) after them.
+
+        Where rows have lengths of their own, so that no branch depends on them, each row's matrix is made anew.
+        """
         old = self._psi(points).at(points) @ curve.to(points.dtype)  # (B, M, D)
         if segment.lengths is None:
             matrices = _fit_of_whole(segment.text_len, self.config, points.dtype, points.device)[(~empty).long()]
