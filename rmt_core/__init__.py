@@ -2,6 +2,7 @@
 
 from . import state
 from .attention import AttentionMaps, AttentionMass, attention_maps, attention_mass, mean_over_heads
+from .blockwise import full_attention, full_attention_loss
 from .build import build
 from .checkpoint import fingerprint, load, load_encoder, load_seq2seq, save
 from .config import ModelConfig
@@ -40,6 +41,8 @@ __all__ = [
     "build_encoder",
     "build_seq2seq",
     "fingerprint",
+    "full_attention",
+    "full_attention_loss",
     "generate",
     "load",
     "load_encoder",

@@ -9,7 +9,7 @@ Axes: B rows, T tokens, S positions that a layer sees, P positions of context, D
 from __future__ import annotations  # torch.compile cannot evaluate those of functions made while it traces
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,8 +203,13 @@ class Backbone(nn.Module):
 
     def blocks(self, h: Tensor, placement: Placement) -> list[Block]:
         """The decoder layers as functions on rows that stand as `placement` says; h (B, S, D) gives type and device."""
+        return self.blocks_from(h, placement, [0])[0]
+
+    def blocks_from(self, h: Tensor, placement: Placement, starts: Sequence[int]) -> list[list[Block]]:
+        """For each start, the decoder layers on rows that stand from that position of the placement on."""
         angles = self.family.angles(self.lm, h, placement.positions)
-        return [self._block(layer, angles, placement) for layer in range(self.lm.config.num_hidden_layers)]
+        layers = range(self.lm.config.num_hidden_layers)
+        return [[self._block(layer, _from(angles, start), placement) for layer in layers] for start in starts]
 
     def _block(self, layer: int, angles: Angles, placement: Placement) -> Block:
         family, lm = self.family, self.lm
@@ -252,6 +257,13 @@ def _dimensions(lm: PreTrainedModel, family: Family) -> Dimensions:
         embedding_std=float(embedding.weight.detach().float().std()) * scale if embedding.weight.numel() else 0.02,
         has_relative_positions=family.has_relative_positions,
     )
+
+
+def _from(angles: Angles, start: int) -> Angles:
+    """The angles of the positions from `start` on."""
+    if isinstance(angles, dict):
+        return {kind: _from(pair, start) for kind, pair in angles.items()}
+    return None if angles is None else tuple(part[:, start:] for part in angles)
 
 
 def _first(angles: Angles, length: int) -> Angles:
