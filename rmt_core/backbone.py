@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .grouped import folded_attention
 from .memory.base import Attention, Block, Context, Dimensions, Heads, take, weave
 
 
@@ -149,6 +150,7 @@ class Placement(NamedTuple):
     positions: Tensor  # (1, N) or (B, N): of the context and the segment, or of one decoded token
     mask: Tensor | None = None  # (B, 1, 1, C), true where a decoded token sees a key; else None
     kv: Any = None  # keys and values kept for decoding, in the form of a transformers cache
+    grouped: bool = False  # blocks run within `torch.vmap`, several layers as one
 
 
 class Backbone(nn.Module):
@@ -162,6 +164,10 @@ class Backbone(nn.Module):
         attention: str = lm.config._attn_implementation
         if attention != ATTENTION:
             raise ValueError(f"attn_implementation is {attention!r}; load the model with {ATTENTION!r}")
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.family.layers(self.lm)
 
     @property
     def vocab_size(self) -> int:
@@ -218,6 +224,8 @@ class Backbone(nn.Module):
             settings = {"attention_mask": placement.mask, "past_key_values": placement.kv}
             if attention is not None:
                 settings["instead"] = attention
+            if placement.grouped:
+                settings["grouped"] = True
             return family.attention(lm, layer, h, _first(angles, h.shape[1]), settings)
 
         def run(
@@ -280,12 +288,15 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     instead: Attention | None = None,
+    grouped: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: the fast kernel, or `instead` of it what a memory computes.
 
     query (B, H, N, D / H), key and value with as many heads or fewer; gives (B, N, H, D / H).
     """
+    if instead is None and grouped:
+        return folded_attention(query, key, value, settings.get("scaling")).transpose(1, 2), None
     if instead is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     groups = query.shape[1] // key.shape[1]

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from . import state as states
 from .backbone import Backbone, Placement
 from .config import ModelConfig
+from .diagonal import Part, run_diagonal
 from .memory.base import Memory, Segment
+from .schedule import choose
 from .state import State
 
 IGNORED = -100  # a label that is not asked for
@@ -254,20 +256,39 @@ def run(
     state: State = None,
     lengths: Tensor | None = None,
     order: str = "sequential",
+    *,
+    generator: torch.Generator | None = None,
 ) -> tuple[Output, State]:
     """Read whole texts: tokens (B, N) int64, lengths (B,) real tokens. Output over all N tokens, and the last state.
 
-    `order` is the order of the (segment, layer) cells; "sequential" goes segment by segment. Memory grows with N only
-    by the hidden states that are given back; to read without end, call `step`.
+    `order` is the order of the (segment, layer) cells. "sequential" goes segment by segment. "diagonal" runs cells of
+    different segments and layers together, which fills a device that one cell leaves idle; the results are the same up
+    to rounding. It needs a memory that is local to layers, and no random choices (neither dropout nor a generator):
+    otherwise a ValueError says why. "auto" takes the faster of the two, measured once, and the sequential one where
+    the other is impossible. `generator` is for memories that sample.
+
+    Memory grows with N only by the hidden states that are given back; to read without end, call `step`.
     """
-    if order != "sequential":
-        raise ValueError(f"order is {order!r}; allowed: 'sequential'")
     if tokens.dim() != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens are {tuple(tokens.shape)}; run takes (rows, at least 1 token)")
+    size = model.segment_len
+    parts = [
+        Part(part, _part_lengths(lengths, i * size, part.shape[1])) for i, part in enumerate(tokens.split(size, 1))
+    ]
     state = model.init_state(len(tokens)) if state is None else state
+    if choose(model, order, parts, generator) == "diagonal":
+        hidden, aux, state = run_diagonal(model, parts, state)
+    else:
+        hidden, aux, state = _run_sequential(model, parts, state, generator)
+    return Output(torch.cat(hidden, dim=1), aux, model.backbone.head), state
+
+
+def _run_sequential(
+    model: RecurrentModel, parts: Sequence[Part], state: State, generator: torch.Generator | None
+) -> tuple[list[Tensor], Tensor, State]:
     hidden, aux = [], []
-    for i, part in enumerate(tokens.split(model.segment_len, 1)):
-        out, state = model.step(part, state, _part_lengths(lengths, i * model.segment_len, part.shape[1]))
+    for part in parts:
+        out, state = model.step(part.tokens, state, part.lengths, generator=generator)
         hidden.append(out.hidden)
         aux.append(out.aux)
-    return Output(torch.cat(hidden, dim=1), torch.stack(aux).sum(), model.backbone.head), state
+    return hidden, torch.stack(aux).sum(), state

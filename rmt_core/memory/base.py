@@ -4,7 +4,7 @@ Axes: B rows, T tokens of a segment, S positions that a layer sees (T plus memor
 memory, D width, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -133,7 +133,8 @@ class Memory(nn.Module):
     """
 
     Config: ClassVar[type[Any]]  # a frozen dataclass of the memory's settings, checked in its __post_init__
-    layer_local: ClassVar[bool] = True  # layer l of a segment needs only layer l of the segment before
+    layer_local: ClassVar[bool] = True  # layer l of a segment needs only layer l of the segment before; `enter` may
+    # read the first layer's state and `leave` the last one's, and neither changes it
     needs_relative_positions: ClassVar[bool] = False
     has_rows_only: ClassVar[bool] = False  # attention sees its rows and the text's, and averages nothing else
     for_encoder_decoders: ClassVar[bool] = False  # works in a bidirectional encoder too, by `around` and `leave`
@@ -156,6 +157,15 @@ class Memory(nn.Module):
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first segment."""
+        return ()
+
+    def by_layer(self, state: State) -> Sequence[State]:
+        """The parts of a layer-local memory's state, one a layer; here of a memory that keeps nothing."""
+        assert state == (), f"{type(self).__name__} must say which layer has which part of its state"
+        return [()] * self.dimensions.num_layers
+
+    def from_layers(self, parts: Sequence[State]) -> State:
+        """The state whose `by_layer` is `parts`."""
         return ()
 
     def context_filled(self, state: State) -> Tensor | int:
@@ -219,6 +229,12 @@ class LayerwiseMemory(Memory):
     def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
         h, new = self.layers[layer](h, block, state[layer], segment)
         return h, (*state[:layer], new, *state[layer + 1 :])
+
+    def by_layer(self, state: State) -> Sequence[State]:
+        return state
+
+    def from_layers(self, parts: Sequence[State]) -> State:
+        return tuple(parts)
 
     def _layer(self, layer: int) -> LayerMemory:
         module = self.layers[layer]

@@ -50,6 +50,13 @@ class ComposedMemory(Memory):
     def init_state(self, batch_size: int) -> State:
         return tuple(member.init_state(batch_size) for member in self._memories())
 
+    def by_layer(self, state: State) -> Sequence[State]:
+        parts = [member.by_layer(part) for member, part in zip(self._memories(), state, strict=True)]
+        return list(zip(*parts, strict=True))
+
+    def from_layers(self, parts: Sequence[State]) -> State:
+        return tuple(member.from_layers([part[i] for part in parts]) for i, member in enumerate(self._memories()))
+
     def context_filled(self, state: State) -> Tensor | int:
         filled: Tensor | int = 0
         for member, part in zip(self._memories(), state, strict=True):
