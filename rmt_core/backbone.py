@@ -167,6 +167,7 @@ class Backbone(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The decoder layers, as the family has them."""
         return self.family.layers(self.lm)
 
     @property
@@ -182,11 +183,11 @@ class Backbone(nn.Module):
 
     def replace_feed_forward(self, layer: int, module: FeedForward) -> None:
         """Put `module` in the place of a layer's feed-forward part, whose weights are dropped."""
-        self.family.layers(self.lm)[layer].mlp = module
+        self.layers[layer].mlp = module
 
     def penalties(self) -> list[Tensor]:
         """Auxiliary losses of replaced feed-forward parts, () each."""
-        parts = [layer.mlp for layer in self.family.layers(self.lm)]
+        parts = [layer.mlp for layer in self.layers]
         return [part.penalty() for part in parts if isinstance(part, FeedForward)]
 
     def embed(self, tokens: Tensor) -> Tensor:

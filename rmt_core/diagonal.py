@@ -62,6 +62,7 @@ def run_diagonal(model: RecurrentModel, parts: Sequence[Part], state: State) -> 
             done = len(hidden)
             text, _ = memory.leave(backbone.norm(last), grid.seen_at(num_layers - 1), segments[done])
             hidden.append(text[:, : parts[done].tokens.shape[1]])
+    aux += [len(parts) * penalty for penalty in backbone.penalties()]
     total = torch.stack([loss.sum() for loss in aux]).sum() if aux else hidden[0].new_zeros(())
     return hidden, total, grid.state()
 

@@ -17,7 +17,19 @@ from rmt_core.diagonal import Grid, Group
 from rmt_core.schedule import Costs
 from rmt_core.state import State, detach, leaves, tree_map
 
-from .tiny import ARMT, MEMORIES, XL, close, close_states, gradients, same_states, tiny_model, tokens_like
+from .tiny import (
+    ARMT,
+    MEMORIES,
+    XL,
+    close,
+    close_states,
+    gradients,
+    same_states,
+    stir,
+    tiny_config,
+    tiny_model,
+    tokens_like,
+)
 
 T, L = 4, 3
 LOCAL = {
@@ -143,6 +155,21 @@ def test_only_equal_layers_are_grouped(family: str, memory: Any, groups: list[li
         assert family == "gemma3_text" or same_gradients(grads, wanted_grads)
 
 
+def test_replaced_feed_forward_parts_run_and_their_penalties_count_in_each_segment() -> None:
+    sizes = {"num_keys": 8, "num_read": 4, "key_width": 8, "value_width": 8}
+    settings = {"kind": "ultramem", "layers": [1, 2], "penalty_margin": 0.0, **sizes}
+    config = tiny_config(num_hidden_layers=L)
+    model = rmt_core.build(backbone=config, memory=ARMT, segment_len=T, dtype="float64", feed_forward=settings)
+    stir(model, by=0.1)
+    hidden, state, aux, grads = read(model, TEXTS[2], "diagonal")
+    wanted_hidden, wanted_state, wanted_aux, wanted_grads = read(model, TEXTS[2], "sequential")
+    assert close(hidden, wanted_hidden, 1e-9)
+    assert close_states(state, wanted_state, 1e-9)
+    assert close(aux, wanted_aux, 1e-9)
+    assert aux > 0
+    assert same_gradients(grads, wanted_grads)
+
+
 @pytest.mark.parametrize("num_segments", [1, 2, 3, 7])
 def test_each_cell_runs_once_and_diagonals_are_full(num_segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
@@ -223,13 +250,15 @@ def test_training_goes_on_after_a_diagonal_reading() -> None:
     assert same_gradients(read(model, text, "diagonal")[3], fresh)
 
 
-def test_parameters_in_a_buffer_of_an_optimiser_stay_there() -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+def test_parameters_in_a_buffer_of_an_optimiser_stay_there(padding: int) -> None:
+    """Layers lie in it at equal distances, or with paddings of different length between."""
     model, tokens = deep_model(ARMT), tokens_like(2, 4 * T)
-    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    at = 0
-    for parameter in model.parameters():
-        parameter.data = flat[at : at + parameter.numel()].view_as(parameter)
-        at += parameter.numel()
+    parts = [(x, x.numel() + padding * i * i) for i, x in enumerate(model.parameters())]
+    flat = torch.zeros(sum(size for _, size in parts), dtype=torch.float64)
+    for (parameter, _), place in zip(parts, flat.split([size for _, size in parts]), strict=True):
+        place[: parameter.numel()] = parameter.detach().flatten()
+        parameter.data = place[: parameter.numel()].view_as(parameter)
     both(model, tokens)
     flat.mul_(1.01)  # as such an optimiser steps
     wanted, found = both(model, tokens)
@@ -281,11 +310,14 @@ def test_auto_measures_once_and_changes_nothing(learns: bool, monkeypatch: pytes
     model, tokens = deep_model([XL, ARMT]), tokens_like(2, 3 * T)
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wanted = read(model, (2, 3 * T, None), "sequential")
-    random = torch.get_rng_state()
+    random, called = torch.get_rng_state(), []
+    for parameter in model.parameters():
+        parameter.register_hook(called.append)
     with torch.set_grad_enabled(learns):
         for _ in range(2):
             out, state = rmt_core.run(model, tokens, order="auto")
     assert len(made) == 1
+    assert not called
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(grad, wanted[3][name]) for name, grad in gradients(model).items())
