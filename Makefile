@@ -25,9 +25,12 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Each worker takes a file at a time.
+TEST_WORKERS ?= 2
+
 .PHONY: test
-test: $(STAMP) ## run every test, the slow ones too
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## run every test, the slow ones too; TEST_WORKERS=n takes n processes
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(STAMP) ## lint, formatting, types

@@ -3,7 +3,7 @@
     python pipelines/demo.py                       # in runs/demo
     python pipelines/demo.py --fast                # a few steps only: shows that it runs; its figures mean nothing
 
-Prepares four novels, trains the recipe `demo` on them, evaluates the model on a fifth novel that it has not seen and
+Prepares four novels, trains the recipe `tiny` on them, evaluates the model on a fifth novel that it has not seen and
 summarises that novel. Ends with a table of what the memory is good for. Stages that are done already say so and do
 nothing, an interrupted one goes on; a stage that fails ends the demo with its exit code.
 """
@@ -30,7 +30,7 @@ from pipelines.config import Config, build, run_job
 from pipelines.recipes import RECIPES
 from pipelines.training.settings import TrainConfig
 
-RECIPE = "demo"
+RECIPE = "tiny"
 FOLDER = Path(__file__).resolve().parent
 HELD_OUT = FOLDER / "books" / "heldout" / "persuasion.txt"
 

@@ -35,9 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+# Files that take long, the longest first: two workers that take a file at a time then finish together.
+LONG = (
+    *["test_readme.py", "test_end_to_end.py", "test_train.py", "test_memory_works.py", "test_summarise.py"],
+    *["test_prepare.py", "test_packaging.py", "test_benchmark.py", "test_engine.py", "test_evaluate.py"],
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
