@@ -72,6 +72,8 @@ class Kind(NamedTuple):
 KINDS = {
     "rmt": Kind({"kind": "rmt", "num_tokens": 4}),
     "xl": Kind({"kind": "xl", "cache_len": T}, copy, (2,), (200,)),
+    "armt": Kind({"kind": "armt", "num_tokens": 4, "key_width": 16}),
+    "shm": Kind({"kind": "shm", "size": 24}),
     "memformer": Kind({"kind": "memformer", "num_slots": 8}, steps=(60, 200, 160)),
 }
 
