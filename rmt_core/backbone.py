@@ -221,10 +221,21 @@ class Backbone(nn.Module):
     def _block(self, layer: int, angles: Angles, placement: Placement) -> Block:
         family, lm = self.family, self.lm
 
+        def project(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            found: list[Heads] = []
+
+            def catch(heads: Heads) -> Tensor:
+                found.append(heads)
+                return heads.queries
+
+            settings = {"attention_mask": None, "past_key_values": None, "instead": catch}
+            family.attention(lm, layer, rows, family.angles(lm, rows, positions), settings)
+            return found[0].keys, found[0].values
+
         def attend(h: Tensor, attention: Attention | None) -> Tensor:
             settings = {"attention_mask": placement.mask, "past_key_values": placement.kv}
             if attention is not None:
-                settings["instead"] = attention
+                settings["instead"] = lambda heads: attention(heads._replace(project=project))
             if placement.grouped:
                 settings["grouped"] = True
             return family.attention(lm, layer, h, _first(angles, h.shape[1]), settings)

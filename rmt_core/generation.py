@@ -253,7 +253,7 @@ class _Decoder:
         at = self.lengths[rows] + model.memory.rows_before + self._context_filled(rows)
         kept.rows, kept.at = rows, at
         seen = torch.arange(kept.capacity, device=rows.device) <= at[:, None]  # (rows, C)
-        segment = Segment(1, None, 0, stage="extend")
+        segment = Segment(1, None, 0, kept_start=model.memory.rows_before, stage="extend")
         state = self.within if model.memory.runs_within else self.state
         hidden, within = model.read(
             self.tokens[rows, self.lengths[rows]][:, None],

@@ -3,6 +3,7 @@
 from .associative import ARMTMemory
 from .base import Memory
 from .continuous import InfinityMemory
+from .eidetic import BMojoMemory
 from .hadamard import SHMMemory
 from .lookahead import LaMemoMemory
 from .memory_transformer import MemoryTransformerMemory
@@ -18,6 +19,7 @@ MEMORIES: dict[str, type[Memory]] = {
     "memformer": MemformerMemory,
     "armt": ARMTMemory,
     "lamemo": LaMemoMemory,
+    "bmojo": BMojoMemory,
     "infinity": InfinityMemory,
     "shm": SHMMemory,
     "memory_transformer": MemoryTransformerMemory,

@@ -41,6 +41,7 @@ class Segment:
     text_start: int = 0  # rows that memories have put before the text
     rows_between: int = 0  # in `around`: inner memories' rows between the text and this memory's own rows after it
     own_start: int = 0  # in `around`: of those, where the memory's own begin
+    kept_start: int = 0  # as "extend": rows of memories before the text among the keys that are kept
     stage: str = "close"
     generator: torch.Generator | None = None  # for memories that sample
     aux: list[Tensor] = field(default_factory=list)  # auxiliary losses, () each, added by the hooks of this step
@@ -75,6 +76,9 @@ class Context(NamedTuple):
     filled: Tensor  # (B,) int64, how many of the P rows are valid
 
 
+Projection: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class Heads(NamedTuple):
     """What attention is computed from: the layer's projections, rotated where the family has rotary positions."""
 
@@ -85,6 +89,7 @@ class Heads(NamedTuple):
     dropout: float  # of the weights; 0 outside training
     mask: Tensor | None  # (B, 1, 1, C), true where a row sees a key; None: causal, in an encoder all
     context_filled: Tensor | None = None  # (B,) rows of a context that stand before the segment's; None without one
+    project: Projection | None = None  # a decoder's: of further inputs (B, N, D) at positions (1 or B, N) keys, values
 
 
 Attention: TypeAlias = Callable[[Heads], Tensor]  # -> (B, H, N, D / H)

@@ -32,7 +32,7 @@ from .tiny import (
 )
 
 T = 6
-OWN_ATTENTION = [MEMORIES[name] for name in ("rmt-open", "xl+rmt-open")]
+OWN_ATTENTION = [MEMORIES[name] for name in MEMORIES if "rmt-open" in name or "bmojo" in name]
 DETACHED = [MEMORIES[name] for name in ("none", "xl", "lamemo", "infinity", "xl+infinity")]
 
 

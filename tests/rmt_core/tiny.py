@@ -18,6 +18,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text", "gpt
 RMT = {"kind": "rmt", "num_tokens": 3}
 XL = {"kind": "xl", "cache_len": 8}
 LAMEMO = {"kind": "lamemo", "cache_len": 8}
+BMOJO = {"kind": "bmojo", "window": 4, "state_size": 3}
+FULL_BMOJO = {**BMOJO, "num_eidetic": 3}
 MEMFORMER = {"kind": "memformer", "num_slots": 3, "num_heads": 2}
 ARMT = {"kind": "armt", "num_tokens": 3, "key_width": 8}
 SHM = {"kind": "shm", "size": 8, "num_thetas": 5}
@@ -32,6 +34,9 @@ MEMORIES: dict[str, Any] = {
     "rmt+xl": [RMT, XL],
     "lamemo": LAMEMO,
     "lamemo+rmt": [LAMEMO, RMT],
+    "bmojo": BMOJO,
+    "bmojo-full": FULL_BMOJO,
+    "bmojo+rmt": [FULL_BMOJO, RMT],
     "memformer": MEMFORMER,
     "xl+memformer": [XL, MEMFORMER],
     "memformer+rmt": [MEMFORMER, RMT],
@@ -53,6 +58,7 @@ OFF: dict[str, Any] = {
     "rmt": {"kind": "rmt", "num_tokens": 0},
     "xl": {"kind": "xl", "cache_len": 0},
     "lamemo": {"kind": "lamemo", "cache_len": 0},
+    "bmojo": {"kind": "bmojo", "window": 0},
     "memformer": {"kind": "memformer", "num_slots": 0},
     "armt": {"kind": "armt", "num_tokens": 0},
     "infinity": {"kind": "infinity", "num_basis": 0},
