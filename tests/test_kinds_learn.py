@@ -57,6 +57,25 @@ def copy(batch_size: int, num_segments: int, generator: torch.Generator) -> Text
     return Texts(tokens, labels)
 
 
+def sort(batch_size: int, num_segments: int, generator: torch.Generator) -> Texts:
+    """Symbols whose odds drift along the text; after `ASK` in a last segment of noise all of them, the most frequent
+    first. Guessing one of those not yet listed is right in 0.41 of the places."""
+    shape, num_symbols = (batch_size, (num_segments - 1) * T), 6
+    ends = torch.randint(1, 10, (2, batch_size, 1, num_symbols), generator=generator).double().square()
+    start, end = ends / ends.sum(-1, keepdim=True)
+    drift = (torch.arange(shape[1]).double() + 1)[:, None] / shape[1]
+    odds = start + (end - start) * drift  # (B, N - T, symbols)
+    symbols = torch.multinomial(odds.flatten(0, 1), 1, generator=generator).view(shape)
+    counts = torch.nn.functional.one_hot(symbols, num_symbols).sum(1)
+    answers = counts.argsort(dim=-1, descending=True, stable=True)
+    noise = torch.randint(NUM_VALUES, NUM_VALUES + NUM_NOISE, (batch_size, T - num_symbols), generator=generator)
+    noise[:, -1] = ASK
+    tokens = torch.cat([symbols, noise, answers], dim=1)
+    labels = torch.full(tokens.shape, IGNORED)
+    labels[:, -num_symbols - 1 : -1] = answers
+    return Texts(tokens, labels)
+
+
 class Kind(NamedTuple):
     """How one kind is trained, and by how much it must win."""
 
@@ -75,6 +94,9 @@ KINDS = {
     "armt": Kind({"kind": "armt", "num_tokens": 4, "key_width": 16}),
     "shm": Kind({"kind": "shm", "size": 24}),
     "memformer": Kind({"kind": "memformer", "num_slots": 8}, steps=(60, 200, 160)),
+    "infinity": Kind(
+        {"kind": "infinity", "num_basis": 32, "num_samples": 32}, sort, (3,), (300,), accuracy=0.75, without=0.5
+    ),
 }
 
 
