@@ -8,9 +8,10 @@ from .checkpoint import fingerprint, load, load_encoder, load_seq2seq, save
 from .config import ModelConfig
 from .encoder import Classified, EncoderConfig, EncoderModel, EncoderOutput, build_encoder
 from .generation import Generation, Sampling, Session, generate, open_session, read
-from .gradients import backward
+from .gradients import backward, backward_segments, replay
 from .memory import MEMORIES
 from .recurrent import IGNORED, Output, RecurrentModel, SegmentBatch, Unrolled, run
+from .roots import joined
 from .seq2seq import Encoded, Seq2SeqBatch, Seq2SeqConfig, Seq2SeqModel, build_seq2seq
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "attention_maps",
     "attention_mass",
     "backward",
+    "backward_segments",
     "build",
     "build_encoder",
     "build_seq2seq",
@@ -44,12 +46,14 @@ __all__ = [
     "full_attention",
     "full_attention_loss",
     "generate",
+    "joined",
     "load",
     "load_encoder",
     "load_seq2seq",
     "mean_over_heads",
     "open_session",
     "read",
+    "replay",
     "run",
     "save",
     "state",

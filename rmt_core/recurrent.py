@@ -5,18 +5,22 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from . import state as states
 from .backbone import Backbone, Placement
 from .config import ModelConfig
 from .diagonal import Part, run_diagonal
 from .memory.base import Memory, Segment
+from .random_state import GeneratorState
+from .roots import joined
 from .schedule import choose
 from .state import State
 
@@ -73,6 +77,10 @@ class Unrolled(NamedTuple):
         """Weighted mean nats per label plus the auxiliary loss, (); where nothing is asked, only the latter."""
         return self.loss_sum / self.weight.where(self.weight > 0, 1) + self.aux
 
+    def values(self) -> "Unrolled":
+        """Outside the gradient and without the state, which may be large."""
+        return self._replace(loss_sum=self.loss_sum.detach(), aux=self.aux.detach(), state=())
+
 
 class SegmentLoss(NamedTuple):
     """`Unrolled` for one segment."""
@@ -112,7 +120,12 @@ class SegmentModel(nn.Module, Generic[Batch]):
         """The loss over consecutive segments, carrying the state.
 
         The gradient crosses no edge between windows of `bptt_segments` segments; None lets it cross all. With
-        `checkpointed`, a segment's activations are computed again in the backward pass instead of kept.
+        `checkpointed`, a segment's activations are computed again in the backward pass instead of kept, from the same
+        random numbers.
+
+        The loss is tied to the last state. So parameters that only write the state, which no loss here has felt when
+        there is one segment, get a gradient of zero instead of none: what trains under data parallelism waits for
+        every parameter's gradient.
         """
         if not segments:
             raise ValueError("unroll needs at least one segment")
@@ -121,18 +134,31 @@ class SegmentModel(nn.Module, Generic[Batch]):
             if bptt_segments is not None and i and i % bptt_segments == 0:
                 state = states.detach(state)
             if checkpointed:
-                part, state = checkpoint(self._segment_loss, segment, state, generator, use_reentrant=False)
+                contexts = noop_context_fn if generator is None else partial(_drawn_again, generator)
+                part, state = checkpoint(
+                    self._segment_loss, segment, state, generator, use_reentrant=False, context_fn=contexts
+                )
             else:
                 part, state = self._segment_loss(segment, state, generator)
             parts.append(part)
         sums, weights, aux, nats = zip(*parts, strict=True)
-        return Unrolled(torch.stack(sums).sum(), torch.stack(weights).sum(), torch.stack(aux).mean(), nats, state)
+        loss_sum = joined(torch.stack(sums).sum(), states.leaves(state))
+        return Unrolled(loss_sum, torch.stack(weights).sum(), torch.stack(aux).mean(), nats, state)
+
+    def state_after(self, segment: Batch, state: State, generator: torch.Generator | None = None) -> State:
+        """What `unroll` gives as the state after one segment, from as many random numbers."""
+        return self._segment_loss(segment, state, generator)[1]
 
     def _segment_loss(
         self, segment: Batch, state: State, generator: torch.Generator | None
     ) -> tuple[SegmentLoss, State]:
         """The loss of one segment and the state after it."""
         raise NotImplementedError
+
+
+def _drawn_again(generator: torch.Generator) -> tuple[nullcontext[None], GeneratorState]:
+    """What a checkpointed segment runs in, at first and again: torch keeps the global random state alone."""
+    return nullcontext(), GeneratorState(generator)
 
 
 class RecurrentModel(SegmentModel[SegmentBatch]):
@@ -206,12 +232,18 @@ class RecurrentModel(SegmentModel[SegmentBatch]):
             h, state = memory.around(layer, h, block, state, segment)
         return memory.leave(backbone.norm(h), state, segment)
 
+    def state_after(self, segment: SegmentBatch, state: State, generator: torch.Generator | None = None) -> State:
+        return self._step(segment, state, generator)[1]  # the head draws no random numbers
+
     def _segment_loss(
         self, segment: SegmentBatch, state: State, generator: torch.Generator | None
     ) -> tuple[SegmentLoss, State]:
         """The loss of one segment and the state after it; the head only where a label asks for it."""
-        out, state = self.step(segment.tokens, state, segment.lengths, segment.reset, generator=generator)
+        out, state = self._step(segment, state, generator)
         return out.loss(segment.labels, segment.weights), state
+
+    def _step(self, segment: SegmentBatch, state: State, generator: torch.Generator | None) -> tuple[Output, State]:
+        return self.step(segment.tokens, state, segment.lengths, segment.reset, generator=generator)
 
     def forward(
         self,

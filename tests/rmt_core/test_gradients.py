@@ -193,7 +193,7 @@ def test_unroll_carries_the_state_on() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "backwards"}, "mode is 'backwards'; allowed: full, truncated, checkpoint"),
+        ({"mode": "backwards"}, "mode is 'backwards'; allowed: full, truncated, checkpoint, replay"),
         ({"mode": "truncated"}, "bptt_segments is None in mode 'truncated'"),
         ({"mode": "full", "bptt_segments": 2}, "bptt_segments is 2 in mode 'full'"),
         ({"mode": "checkpoint", "bptt_segments": 2}, "bptt_segments is 2 in mode 'checkpoint'"),
