@@ -34,7 +34,7 @@ def full_attention(model: RecurrentModel | Backbone, tokens: Tensor, *, chunk_le
     backbone = model if isinstance(model, Backbone) else model.backbone
     _check(backbone, tokens, chunk_len)
     hidden = torch.cat([backbone.norm(chunk) for chunk in _layers(backbone, tokens, chunk_len)], dim=1)
-    return Output(hidden, _penalty(backbone, hidden), backbone)
+    return Output(hidden, _penalty(backbone, hidden), backbone.head)
 
 
 def full_attention_loss(
