@@ -3,6 +3,7 @@
 Axes: B rows, T tokens of a segment, S positions that a layer sees, P cached positions, H heads, d = D / H, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +40,14 @@ class LaMemoLayer(LayerMemory):
 
     def __init__(self, config: LaMemoConfig, dimensions: Dimensions, direction: LearnedRows) -> None:
         super().__init__()
-        self.cache_len, self.width, self.num_heads = config.cache_len, dimensions.width, dimensions.num_heads
-        self.head_width = dimensions.head_width
+        self.cache_len = config.cache_len
+        self.num_heads, self.head_width = dimensions.num_heads, dimensions.head_width
         self.direction = direction  # the same module in all layers
 
     def init_state(self, batch_size: int) -> State:
         size, exact = self.cache_len, torch.promote_types(self.anchor.dtype, torch.float32)
         count = torch.zeros(batch_size, dtype=torch.long, device=self.anchor.device)
         return {
-            "rows": self.anchor.new_zeros(batch_size, size, self.width),
             "mixed": self.anchor.new_zeros(batch_size, size, self.num_heads, self.head_width),
             "log_weight": self.anchor.new_zeros(batch_size, size, self.num_heads, dtype=exact),
             "filled": count,
@@ -70,17 +70,14 @@ class LaMemoLayer(LayerMemory):
         out = block(h, attention=attention)
         if not segment.writes:
             return out, state
-        new["rows"] = self._with_text(h[:, self._own(segment)], h, segment)
-        return out, self._shift(new, state, segment)
+        length = _lengths(state["filled"], segment)
+        end = (state["filled"] + length).clamp(max=self.cache_len)
+        kept = {name: _last(x.to(state[name].dtype), length, end, self.cache_len) for name, x in new.items()}
+        return out, {**kept, "filled": end, "fresh": length.clamp(max=self.cache_len)}
 
     def _own(self, segment: Segment) -> slice:
         """Where the cached positions stand in h."""
         return slice(segment.own_start, segment.own_start + self.cache_len)
-
-    def _with_text(self, cached: Tensor, x: Tensor, segment: Segment) -> Tensor:
-        """What belongs to cached positions (B, P, ...) followed by the text's part of x (B, S, ...)."""
-        start = segment.text_start
-        return torch.cat([cached, x[:, start : start + segment.text_len]], dim=1)
 
     def _attend(self, heads: Heads, state: State, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
         """Causal attention for all but cached positions, which look ahead.
@@ -98,8 +95,7 @@ class LaMemoLayer(LayerMemory):
         with torch.no_grad():
             text = self._log_weights(heads, state["filled"], segment).transpose(1, 2)  # (B, T, H)
             whole = torch.cat([torch.logaddexp(before, log_ahead).transpose(1, 2), text], dim=1)
-            by_row = mixed.transpose(1, 2)
-            return mixed, self._with_text(by_row[:, own], by_row, segment), whole
+            return mixed, _cache_and_text(mixed.transpose(1, 2), self.cache_len, segment), whole
 
     def _causal(self, heads: Heads, filled: Tensor, segment: Segment) -> Tensor:
         """What each position mixes of the valid ones up to itself, (B, H, S, d).
@@ -162,21 +158,23 @@ class LaMemoLayer(LayerMemory):
 
         return attention
 
-    def _shift(self, new: dict[str, Tensor], state: State, segment: Segment) -> State:
-        """The state after `state`: of the new values of cache and text, (B, P + T, ...) each, the last P valid ones."""
-        size, filled = self.cache_len, state["filled"]
-        length = torch.full_like(filled, segment.text_len) if segment.lengths is None else segment.lengths
-        end = (filled + length).clamp(max=size)
-        at = torch.arange(size, device=filled.device)
-        unused = at < size - end[:, None]  # (B, P)
 
-        def last(name: str) -> Tensor:
-            x = new[name].detach().to(state[name].dtype)
-            rows = take(x.flatten(2), at + length[:, None]).unflatten(2, x.shape[2:])
-            return rows.masked_fill(unused.view(*unused.shape, *(1,) * (x.dim() - 2)), 0)
+def _cache_and_text(x: Tensor, size: int, segment: Segment) -> Tensor:
+    """Of x (B, S, ...) the P cached positions followed by the text, (B, P + T, ...)."""
+    own, text = segment.own_start, segment.text_start
+    return torch.cat([x[:, own : own + size], x[:, text : text + segment.text_len]], dim=1)
 
-        kept = {name: last(name) for name in ("rows", "mixed", "log_weight")}
-        return {**kept, "filled": end, "fresh": length.clamp(max=size)}
+
+def _lengths(like: Tensor, segment: Segment) -> Tensor:
+    return torch.full_like(like, segment.text_len) if segment.lengths is None else segment.lengths
+
+
+def _last(x: Tensor, length: Tensor, filled: Tensor, size: int) -> Tensor:
+    """The last P positions of the cache and `length` (B,) of text, of x (B, P + T, ...); `filled` (B,) are valid."""
+    at = torch.arange(size, device=x.device)
+    rows = take(x.detach().flatten(2), at + length[:, None]).unflatten(2, x.shape[2:])
+    unused = at < size - filled[:, None]
+    return rows.masked_fill(unused.view(*unused.shape, *(1,) * (x.dim() - 2)), 0)
 
 
 def _arrange(x: Tensor, order: Tensor) -> Tensor:
@@ -195,10 +193,10 @@ class LaMemoMemory(LayerwiseMemory):
     refreshed, and that layer itself has not (as in the released code). Nothing leaks: refreshed rows know of the
     segment its first token alone, and only that and later ones see them.
 
-    A layer's state, outside the gradient: `rows` (B, P, D) its cached inputs, of which layer 0's, the embeddings,
-    enter the next segment; `mixed` (B, P, H, d) the attention outputs before the output projection, `log_weight`
-    (B, P, H) the logarithm of the sum of weights behind them, in float32 at least; `filled` (B,) valid positions, which
-    stand at the end, zeros before them; `fresh` (B,) how many of those are of the last segment.
+    The state, all outside the gradient: `rows` (B, P, D), the cached positions' embeddings, from which each segment
+    makes their rows anew, and for each of `layers` `mixed` (B, P, H, d), attention outputs before the output
+    projection, `log_weight` (B, P, H), the logarithm of the sum of weights behind them, in float32 at least, `filled`
+    (B,) valid positions, which stand at the end, zeros before them, and `fresh` (B,), how many are of the last segment.
 
     Deviations. Positions are the backbone's rotary ones, exact in both directions, where the paper adds sinusoids of
     the distance with a learned vector a direction; of that there is left a learned number a head, one for all layers
@@ -217,8 +215,28 @@ class LaMemoMemory(LayerwiseMemory):
         direction = LearnedRows(1, dimensions.num_heads if config.cache_len else 0, std=0.0)
         self.layers = nn.ModuleList(LaMemoLayer(config, dimensions, direction) for _ in range(dimensions.num_layers))
 
+    def init_state(self, batch_size: int) -> State:
+        rows = self.anchor.new_zeros(batch_size, self.rows_before, self.dimensions.width)
+        return {"rows": rows, "layers": super().init_state(batch_size)}
+
+    def by_layer(self, state: State) -> Sequence[State]:
+        return [{"rows": state["rows"], **part} for part in state["layers"]]
+
+    def from_layers(self, parts: Sequence[State]) -> State:
+        own = tuple({name: x for name, x in part.items() if name != "rows"} for part in parts)
+        return {"rows": parts[0]["rows"], "layers": own}
+
     def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
-        return x if segment.stage == "extend" else torch.cat([state[0]["rows"], x], dim=1)
+        return x if segment.stage == "extend" else torch.cat([state["rows"], x], dim=1)
+
+    def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
+        out, layers = super().around(layer, h, block, state["layers"], segment)
+        rows = state["rows"]
+        if layer == 0 and segment.writes:  # h holds embeddings
+            length, filled = _lengths(layers[0]["filled"], segment), layers[0]["filled"]
+            whole = _cache_and_text(h, self.rows_before, segment).to(rows.dtype)
+            rows = _last(whole, length, filled, self.rows_before)
+        return out, {"rows": rows, "layers": layers}
 
     def leave(self, h: Tensor, state: State, segment: Segment) -> tuple[Tensor, State]:
         return (h if segment.stage == "extend" else h[:, self.rows_before :]), state

@@ -146,13 +146,15 @@ def compare(model: RecurrentModel, cache_len: int, tokens: Tensor, steps: Sequen
 
 def check_cache(cache: Any, i: int, reader: Naive, filled: int) -> None:
     """Row i of the state of the cache."""
-    assert close(cache[0]["rows"][i, cache[0]["rows"].shape[1] - filled :], torch.stack(reader.embedded))
-    for layer, entries in zip(cache, reader.cache, strict=True):
-        unused = layer["mixed"].shape[1] - filled
+    size = cache["rows"].shape[1]
+    assert close(cache["rows"][i, size - filled :], torch.stack(reader.embedded))
+    assert not cache["rows"][i, : size - filled].any()
+    for layer, entries in zip(cache["layers"], reader.cache, strict=True):
+        unused = size - filled
         assert int(layer["filled"][i]) == filled == len(entries)
         assert close(layer["mixed"][i, unused:], torch.stack([entry.mixed for entry in entries]))
         assert close(layer["log_weight"][i, unused:], torch.stack([entry.total for entry in entries]))
-        assert not any(layer[name][i, :unused].any() for name in ("rows", "mixed", "log_weight"))
+        assert not any(layer[name][i, :unused].any() for name in ("mixed", "log_weight"))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_a_cached_position_never_knows_more_than_the_first_token() -> None:
         other = tokens[:, 2 * T :].clone()
         other[0, j] = (other[0, j] + 1) % 23
         _, moved = model.step(other, before)
-        for layer, moved_layer in zip(state, moved, strict=True):
+        for layer, moved_layer in zip(state["layers"], moved["layers"], strict=True):
             for name in ("mixed", "log_weight"):
                 same = close(layer[name][:, : 2 * T], moved_layer[name][:, : 2 * T], atol=1e-12)
                 assert same == (j > 0)
