@@ -425,8 +425,10 @@ def test_every_memory_can_be_off() -> None:
 
 
 # How far bfloat16 may be from float32 after four segments, as a fraction of the hidden states' norm. Measured over
-# eight seeds: none and xl at most 0.010, rmt and xl+rmt 0.012. Weights are stirred less than elsewhere, for where they
-# are large, a recurrence magnifies any rounding.
+# eight seeds: none, xl, lamemo, infinity and bmojo 0.010; memformer and rmt 0.013; shm, rmt-5-read and rmt-r 0.018.
+# Weights are stirred less than elsewhere, for where they are large, a recurrence magnifies any rounding. Even so one
+# seed of the eight, not the one below, goes further where a memory chooses tokens or divides by a small norm: rmt-open
+# 0.021, armt 0.05, bmojo-full 0.05, shm with rmt 0.15. Of armt and bmojo-full, rounding the weights alone does it.
 MAX_BF16_DISTANCE = 0.02
 
 

@@ -15,7 +15,19 @@ from rmt_core import ModelConfig, RecurrentModel
 from rmt_core.generation import open_session, read
 from rmt_core.ultramem import UltraMem, UltraMemConfig, dominant
 
-from .tiny import FAMILIES, RMT, close, gradients, next_labels, stir, tiny_config, tiny_model, tokens_like
+from .tiny import (
+    ARMT,
+    FAMILIES,
+    RMT,
+    close,
+    close_states,
+    gradients,
+    next_labels,
+    stir,
+    tiny_config,
+    tiny_model,
+    tokens_like,
+)
 
 SETTINGS = {"num_keys": 6, "key_width": 8, "num_read": 4, "expansion": 4, "value_width": 6, "penalty_margin": 0.05}
 
@@ -182,18 +194,38 @@ def test_every_family_takes_it_and_learns_all_of_it(family: str) -> None:
 
 
 def test_modes_of_training_and_decoding_stay_exact() -> None:
-    model, tokens = with_ultramem(), tokens_like(2, 15)
+    model, tokens = with_ultramem(penalty_weight=1.0), tokens_like(2, 15)
     found = []
-    for mode in ("full", "checkpoint"):
+    for mode in ("full", "checkpoint", "replay"):
         model.zero_grad()
         rmt_core.backward(model, tokens, next_labels(tokens), mode=mode)
         found.append(gradients(model))
-    assert all(close(found[0][name], grad) for name, grad in found[1].items())
+    assert all(close(found[0][name], other[name]) for other in found[1:] for name in other)
     whole = read(model, open_session(model, 2), tokens)
     single = open_session(model, 2)
     for at in range(15):
         single = read(model, single, tokens[:, at : at + 1])
     assert close(single.hidden, whole.hidden)
+
+
+def test_a_step_compiles_whole() -> None:
+    model, tokens = with_ultramem(layers=None), tokens_like(2, 6)
+    out, state = model.step(tokens, model.init_state(2))
+    other, other_state = torch.compile(model.step, backend="eager", fullgraph=True)(tokens, model.init_state(2))
+    assert close(other.hidden, out.hidden)
+    assert close(other.aux, out.aux)
+    assert close(other_state, state)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layers", [[1], None])
+def test_layers_together_equal_one_after_the_other(layers: list[int] | None) -> None:
+    model, tokens = with_ultramem(ARMT, layers=layers, penalty_weight=1.0), tokens_like(2, 27)
+    out, state = rmt_core.run(model, tokens)
+    other, other_state = rmt_core.run(model, tokens, order="diagonal")
+    assert close(other.hidden, out.hidden)
+    assert close(other.aux, out.aux)
+    assert close_states(other_state, state)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
