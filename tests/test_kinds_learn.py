@@ -93,6 +93,9 @@ KINDS = {
     "xl": Kind({"kind": "xl", "cache_len": T}, copy, (2,), (200,)),
     "armt": Kind({"kind": "armt", "num_tokens": 4, "key_width": 16}),
     "shm": Kind({"kind": "shm", "size": 24}),
+    "lamemo": Kind({"kind": "lamemo", "cache_len": 2 * T}),
+    "bmojo": Kind({"kind": "bmojo", "window": 8, "state_size": 16}, steps=(60, 200, 160)),
+    "bmojo-full": Kind({"kind": "bmojo", "window": 8, "state_size": 16, "num_eidetic": 4}),
     "memformer": Kind({"kind": "memformer", "num_slots": 8}, steps=(60, 200, 160)),
     "infinity": Kind(
         {"kind": "infinity", "num_basis": 32, "num_samples": 32}, sort, (3,), (300,), accuracy=0.75, without=0.5
