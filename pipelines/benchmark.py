@@ -3,10 +3,12 @@
     python pipelines/benchmark.py core
     python pipelines/benchmark.py core --device cuda
     python pipelines/benchmark.py core --quick      # seconds: shows that it runs; its figures mean nothing
+    python pipelines/benchmark.py memory
 
 `core` measures a recurrent step against Hugging Face's own forward, and how streamed inference grows with the
-text. A table goes to stderr, one JSON object to stdout. Exit code 1: a full run missed a promise. Needs what
-`rmt_core` needs and nothing else, so that it runs on a bare machine with an accelerator.
+text. `memory` measures the orders in which segments and layers of a text can run. A table goes to stderr, one JSON
+object to stdout. Exit code 1: a full run missed a promise. Needs what `rmt_core` needs and nothing else, so that it
+runs on a bare machine with an accelerator.
 """
 
 import sys
@@ -20,11 +22,10 @@ import json
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 from unittest import mock
@@ -35,9 +36,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import rmt_core
+from pipelines.benchmarks import orders
+from pipelines.benchmarks.measuring import VOCAB, compare, prepare, random_tokens, seconds, tell
 from rmt_core import RecurrentModel
 
-VOCAB = 1024
 RMT: dict[str, Any] = {"kind": "rmt", "num_tokens": 16}
 
 # The promises: no figure may be larger.
@@ -83,7 +85,7 @@ QUICK = Sizes(
 class Job(NamedTuple):
     """What one benchmark is asked to do."""
 
-    sizes: Sizes
+    sizes: Any  # of the benchmark
     device: str
 
 
@@ -101,34 +103,12 @@ def build(width: int, num_layers: int, segment_len: int, memory: Any, device: st
     return rmt_core.build(backbone=config, memory=memory, segment_len=segment_len).to(device)
 
 
-def random_tokens(num_rows: int, num_tokens: int, device: str) -> Tensor:
-    """(B, N)."""
-    return torch.randint(VOCAB, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    """What `work` takes: of a CPU's one thread its own time, so that others on the machine do not count; else all."""
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 # A step against the plain model
 
 
 @torch.inference_mode()
 def measure_step(job: Job, segment_len: int, num_rows: int) -> dict[str, Any]:
-    """An RMT step over a segment against the plain body over as many positions, taking turns; and that both agree.
-
-    `ratio` is that of the least times: whatever else runs on the machine only ever adds to a time. The ratio of the
-    medians and the quartiles of the ratios of neighbours show how much it added.
-    """
+    """An RMT step over a segment against the plain body over as many positions, taking turns; and that both agree."""
     model = build(job.sizes.width, job.sizes.num_layers, segment_len, RMT, job.device)
     lm: Any = model.backbone.lm
     tokens = random_tokens(num_rows, segment_len, job.device)
@@ -143,24 +123,16 @@ def measure_step(job: Job, segment_len: int, num_rows: int) -> dict[str, Any]:
 
     num_read = RMT["num_tokens"]
     difference = float((step() - body()[:, num_read:-num_read]).abs().max())
-    pairs = []
-    for i in range(job.sizes.repeats):
-        if i % 2:
-            pairs.append((seconds(step, job.device), seconds(body, job.device)))
-        else:
-            pairs.append((seconds(body, job.device), seconds(step, job.device))[::-1])
-    step_s, body_s = (min(side) for side in zip(*pairs, strict=True))
-    middle_s = [statistics.median(side) for side in zip(*pairs, strict=True)]
-    quartiles = statistics.quantiles([a / b for a, b in pairs], n=4)
+    times = compare(step, body, job.sizes.repeats, job.device)
     return {
         "segment_len": segment_len,
         "num_rows": num_rows,
         "positions": rows.shape[1],
-        "step_s": step_s,
-        "body_s": body_s,
-        "ratio": step_s / body_s,
-        "ratio_of_medians": middle_s[0] / middle_s[1],
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "step_s": times.first_s,
+        "body_s": times.second_s,
+        "ratio": times.ratio,
+        "ratio_of_medians": times.ratio_of_medians,
+        "ratio_quartiles": times.ratio_quartiles,
         "max_difference": difference,
     }
 
@@ -324,17 +296,23 @@ def core(job: Job) -> dict[str, Any]:
     return {**figures, "promises": promises, "steps": steps, "streams": streams, "resident": resident, "masks": masks}
 
 
-BENCHMARKS: dict[str, Callable[[Job], dict[str, Any]]] = {"core": core}
+def memory(job: Job) -> dict[str, Any]:
+    """What memories cost, and what running them well saves."""
+    found = orders.orders(job.sizes, job.device)
+    return {"promises": found.pop("promises"), "orders": found}
 
 
-def prepare(device: str) -> None:
-    """One thread, so that a ratio compares work and not parallelism."""
-    if device == "cpu":
-        torch.set_num_threads(1)
+class Benchmark(NamedTuple):
+    """How one is run, and the sizes for a device, full or quick."""
+
+    run: Callable[[Job], dict[str, Any]]
+    sizes: Callable[[str, bool], Any]
 
 
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+BENCHMARKS = {
+    "core": Benchmark(core, lambda device, quick: QUICK if quick else Sizes()),
+    "memory": Benchmark(memory, orders.sizes),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available here; allowed: cpu")
-    job = Job(QUICK if given.quick else Sizes(), given.device)
-    about = {"benchmark": given.name, "device": given.device, "quick": given.quick, "sizes": vars(job.sizes)}
+    job = Job(BENCHMARKS[given.name].sizes(given.device, given.quick), given.device)
+    about = {"benchmark": given.name, "device": given.device, "quick": given.quick, "sizes": asdict(job.sizes)}
     if given.dry_run:
         print(json.dumps(about))
         return 0
@@ -357,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    result = BENCHMARKS[given.name](job)
+    result = BENCHMARKS[given.name].run(job)
     kept = all(result["promises"].values())
     print(json.dumps(about | {"versions": versions, "kept": kept} | result))
     return 0 if kept or given.quick else 1

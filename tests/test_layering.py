@@ -21,7 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CORE_MAY_IMPORT = {"torch", "transformers", "safetensors", "rmt_core"} | sys.stdlib_module_names
 JOBS = {"benchmark", "demo", "evaluate", "prepare", "serve", "summarise", "train"}
-JOB_MAY_IMPORT = {"cluster", "config", "data", "extras", "recipes", "serving", "storage", "tasks", "training"}
+JOB_MAY_IMPORT = {
+    "benchmarks",
+    "cluster",
+    "config",
+    "data",
+    "extras",
+    "recipes",
+    "serving",
+    "storage",
+    "tasks",
+    "training",
+}
 MEMORY_MAY_IMPORT = {"rmt_core.memory.base", "rmt_core.state"}
 
 # Calls that change the process, ask for a device or leave it; never while a module is imported.

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import benchmark
+from pipelines.benchmarks.measuring import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +56,32 @@ def test_a_dry_run_prints_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["sizes"]["stream_lengths"] == [4096 * 2**i for i in range(7)]
     assert not told["quick"]
+
+
+@pytest.mark.slow
+def test_memory_compares_the_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert benchmark.main(["memory", "--quick"]) == 0
+    torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out)
+    assert found["promises"]["orders_agree"]
+    assert isinstance(found["promises"]["auto_never_slower"], bool)
+    cases = found["orders"]["cases"]
+    assert [case["learns"] for case in cases] == [False, True]
+    for case in cases:
+        assert case["max_difference"] < 1e-5
+        assert case["chosen"] in ("sequential", "diagonal")
+        for order in ("diagonal", "auto"):
+            assert case[order]["ratio"] == case[order]["first_s"] / case[order]["second_s"]
+            low, high = case[order]["ratio_quartiles"]
+            assert 0 < low <= high
+    assert found["orders"]["least_auto_ratio"] == min(case["auto"]["ratio"] for case in cases)
+
+
+def test_comparisons_take_turns() -> None:
+    turns: list[str] = []
+    compare(lambda: turns.append("a"), lambda: turns.append("b"), 3, "cpu")
+    assert turns == list("abbaabba")
 
 
 def test_an_unknown_name_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
