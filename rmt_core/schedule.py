@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .recurrent import RecurrentModel
 
 ORDERS = ("sequential", "diagonal", "auto")
-MARGIN = 0.95  # the diagonal order must be predicted to take at most this much of the sequential one's time
+MARGIN = 0.9  # the diagonal order must be predicted to take less than this much of the sequential one's time: times err
 MIN_ROUNDS, MAX_ROUNDS = 3, 20  # of measuring, after one to warm up
 ENOUGH_S = 0.5  # of measuring, after which no round beyond the fewest is begun
 HOPELESS = 1.3  # times as slow after a round: no more are measured
