@@ -9,8 +9,8 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 
 # Idle OpenMP threads must sleep: two cores are shared by Ray's workers and the tests.
-test demo: export OMP_NUM_THREADS ?= 1
-test demo: export OMP_WAIT_POLICY ?= PASSIVE
+test test-long demo: export OMP_NUM_THREADS ?= 1
+test test-long demo: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## list the targets
@@ -27,10 +27,15 @@ $(STAMP): requirements.lock pyproject.toml
 
 # Each worker takes a file at a time.
 TEST_WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(TEST_WORKERS)
 
 .PHONY: test
-test: $(STAMP) ## run every test, the slow ones too; TEST_WORKERS=n takes n processes
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests, all but the long ones; TEST_WORKERS=n takes n processes
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
+
+.PHONY: test-long
+test-long: $(STAMP) ## run the long tests: that each kind of memory learns, and compiles
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(STAMP) ## lint, formatting, types

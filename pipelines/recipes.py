@@ -9,10 +9,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # soon a stage is learned differs much between seeds, most of all the second, where a fact has to enter the memory
     # for the first time: so stages last until they are learned. One worker: so small a model gains nothing from two.
     "tiny": {
+        "segment_len": 48,
         "dataset": {"recall_fraction": 0.75, "recall_answer_weight": 1000.0},
         "curriculum": {
             "num_segments": [1, 2, 3, 4, 6, 8],
-            "steps": [150, 700, 350, 300, 300, 600],
+            "steps": [150, 450, 200, 150, 150, 400],
             "advance_below": 0.1,
         },
     },

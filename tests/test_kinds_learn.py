@@ -149,7 +149,7 @@ def accuracy(model: RecurrentModel, texts: Texts, change: Callable[[State], Stat
     return right / asked
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
 def test_it_answers_with_its_memory_and_not_without(name: str) -> None:
     kind = KINDS[name]

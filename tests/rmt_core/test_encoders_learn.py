@@ -56,7 +56,7 @@ def accuracy(logits: Tensor, values: Tensor) -> float:
     return float((logits.argmax(-1) == values).double().mean())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch.no_grad()
 def test_a_recurrent_encoder_answers_with_its_memory_and_not_without() -> None:
     """Four segments after at most three in training; the memory is zeroed before every segment."""
@@ -73,7 +73,7 @@ def test_a_recurrent_encoder_answers_with_its_memory_and_not_without() -> None:
     assert found[1] <= 0.3, found  # guessing gives 1 / 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch.no_grad()
 def test_a_bottleneck_answers_through_its_memory_only() -> None:
     """One segment; then what memory rows become is zeroed in each layer."""

@@ -454,6 +454,7 @@ def as_type(model: RecurrentModel, dtype: str) -> RecurrentModel:
     return other
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in MEMORIES if "+" not in name] + ["xl+rmt"])
 def test_a_step_compiles_whole(name: str) -> None:
     """Without a break in its graph; one layer and few compositions, since tracing takes seconds."""
