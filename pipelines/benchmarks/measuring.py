@@ -6,13 +6,26 @@ Axes: B rows, N tokens of a text.
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+
+import rmt_core
+from rmt_core import RecurrentModel
 
 VOCAB = 1024
+RMT: dict[str, Any] = {"kind": "rmt", "num_tokens": 16}
+
+
+class Job(NamedTuple):
+    """What one benchmark is asked to do."""
+
+    sizes: Any  # of the benchmark
+    device: str
+    quick: bool = False  # tiny sizes, of which no promise is judged
 
 
 def prepare(device: str) -> None:
@@ -24,6 +37,20 @@ def prepare(device: str) -> None:
 def tell(line: str) -> None:
     """A line of the table."""
     print(line, file=sys.stderr, flush=True)
+
+
+def build(width: int, num_layers: int, segment_len: int, memory: Any, device: str) -> RecurrentModel:
+    """A llama with random weights in float32 and heads of 64 (or 8) dimensions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // (64 if width >= 128 else 8),
+        intermediate_size=width * 8 // 3,
+        vocab_size=VOCAB,
+        max_position_embeddings=4096,
+    )
+    return rmt_core.build(backbone=config, memory=memory, segment_len=segment_len).to(device)
 
 
 def random_tokens(num_rows: int, num_tokens: int, device: str) -> Tensor:
@@ -57,13 +84,21 @@ class Compared(NamedTuple):
 def compare(first: Callable[[], object], second: Callable[[], object], repeats: int, device: str) -> Compared:
     """Both in turn `repeats` times (at least 2), now the one before, now the other; once before, untimed."""
     first(), second()
-    pairs = []
+    taken = take_turns({"first": first, "second": second}, repeats, device)
+    return compared(taken["first"], taken["second"])
+
+
+def take_turns(works: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each piece of work in each of `repeats` rounds; every other round goes through them backwards."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
     for i in range(repeats):
-        if i % 2:
-            pairs.append((seconds(first, device), seconds(second, device)))
-        else:
-            pairs.append((seconds(second, device), seconds(first, device))[::-1])
-    first_s, second_s = (min(side) for side in zip(*pairs, strict=True))
-    middle_s = [statistics.median(side) for side in zip(*pairs, strict=True)]
-    quartiles = statistics.quantiles([a / b for a, b in pairs], n=4)
-    return Compared(first_s, second_s, first_s / second_s, middle_s[0] / middle_s[1], [quartiles[0], quartiles[2]])
+        for name in list(works)[:: 1 if i % 2 else -1]:
+            taken[name].append(seconds(works[name], device))
+    return taken
+
+
+def compared(first: Sequence[float], second: Sequence[float]) -> Compared:
+    """Seconds of two pieces of work in the same rounds, at least 2."""
+    quartiles = statistics.quantiles([a / b for a, b in zip(first, second, strict=True)], n=4)
+    medians = statistics.median(first) / statistics.median(second)
+    return Compared(min(first), min(second), min(first) / min(second), medians, [quartiles[0], quartiles[2]])

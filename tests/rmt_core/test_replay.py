@@ -281,7 +281,7 @@ class Kept:
         self.now = self.peak = 0
 
     def pack(self, tensor: Tensor) -> "_Held":
-        return _Held(self, tensor)
+        return _Held(self, tensor.detach())  # an output would hold the graph that holds it
 
     def change(self, tensor: Tensor, by: int) -> None:
         storage = tensor.untyped_storage()
