@@ -63,8 +63,9 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
     Where a gradient is wanted, a copy through which it reaches each of them. Otherwise the only storage: at the first
     call each tensor becomes a view of the stack, as which it goes on working (it is edited in place, saved and loaded
-    as before), and later calls find them so. Tensors that are already views of something else are copied: an optimiser
-    that keeps parameters in a buffer of its own would otherwise write where nobody reads.
+    as before; only a pickle of one brings all of the stack along), and later calls find them so. Tensors that are
+    already views of something else are copied: an optimiser that keeps parameters in a buffer of its own would
+    otherwise write where nobody reads.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return torch.stack(list(tensors))
