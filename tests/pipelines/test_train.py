@@ -161,7 +161,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["gradient.mode", "sideways"], "truncated"),
         (["model.memory", "rtm"], "did you mean 'rmt'"),
         (["model.memory", '{"kind": "rmt", "num_token": 3}'], "num_tokens"),
-        (["model.max_positions", "70"], "use at most 62"),
+        (["model.max_positions", "50"], "use at most 42"),
         (["model.backbone", "nowhere"], "not a directory"),
         (["dataset.piece_segments", "none", "--batch-size", "16"], "piece_segments"),
         (["curriculum.num_segments", "1", "2", "curriculum.steps", "5"], "one of each a stage"),
