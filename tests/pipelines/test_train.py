@@ -163,7 +163,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["model.memory", '{"kind": "rmt", "num_token": 3}'], "num_tokens"),
         (["model.max_positions", "50"], "use at most 42"),
         (["model.backbone", "nowhere"], "not a directory"),
-        (["dataset.piece_segments", "none", "--batch-size", "16"], "piece_segments"),
+        (["dataset.piece_segments", "none", "--batch-size", "64"], "piece_segments"),
         (["curriculum.num_segments", "1", "2", "curriculum.steps", "5"], "one of each a stage"),
         (["--segment-len", "16", "curriculum.num_segments", "1", "curriculum.steps", "5"], "too short for a planted"),
         (["--data", "nowhere"], "nowhere"),
