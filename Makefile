@@ -55,7 +55,7 @@ TORCH ?= 2.13.0
 lock: ## write requirements.lock anew; TORCH=x.y.z moves torch
 	@[ -n "$(PYTHON)" ] && { [ -x $(PY) ] || $(PYTHON) -m venv .venv; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
-		--report .venv/resolved.json '.[train,serve,dev]' 'torch==$(TORCH)'
+		--report .venv/resolved.json '.[train,serve,tracking,rouge,dev]' 'torch==$(TORCH)'
 	$(PY) -c "$$WRITE_LOCK" > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
