@@ -4,8 +4,8 @@ Three cases: a Ray that this process is already connected to is used and left al
 with RAY_ADDRESS set, that cluster is joined; otherwise a private Ray is started on this machine and stopped at
 the end. The private one is guarded by a token that lives in this process only: nothing is written to
 `~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected. What its
-workers print goes to Ray's log files, and with RMT_SHOW_WORKERS=1
-also to stderr; a worker's exception reaches the caller in either case.
+workers print goes to Ray's log files, and with RMT_SHOW_WORKERS=1 also to stderr (on a cluster it does, but
+with RMT_SHOW_WORKERS=0); a worker's exception reaches the caller in either case.
 """
 
 import contextlib
@@ -15,18 +15,20 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipelines.config import InputError
 
 _ROOT = Path(__file__).resolve().parents[1]
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a submitted job
-_SHOW_WORKERS = "RMT_SHOW_WORKERS"  # 1: what the workers of a private Ray print appears here too
+_SHOW_WORKERS = "RMT_SHOW_WORKERS"  # 1 or 0: whether what the workers print appears here too
 _ANSWER_S = 5.0  # how long a cluster may take to accept a connection
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -60,13 +62,31 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
                 include_dashboard=False,
                 configure_logging=True,
                 logging_level=logging.WARNING,
-                log_to_driver=os.environ.get(_SHOW_WORKERS) == "1",
+                log_to_driver=_shows_workers(default=False),
                 runtime_env=_runtime_env(for_cluster=False),
             )
         try:
             yield
         finally:
+            _end_data_threads()
             ray.shutdown()
+
+
+def _end_data_threads() -> None:
+    """Stops what Ray Data still runs after an interruption: a thread that calls Ray while it shuts down may crash."""
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=True)
+
+
+def environment() -> dict[str, str]:
+    """The variables of this process, and those with which a command started by it joins the Ray it works on."""
+    joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return {_SHOW_WORKERS: "0", **os.environ, **joined}
+
+
+def _shows_workers(*, default: bool) -> bool:
+    return os.environ.get(_SHOW_WORKERS, "1" if default else "0") == "1"
 
 
 def _runtime_env(*, for_cluster: bool) -> dict[str, Any]:
@@ -83,7 +103,12 @@ def _join(address: str, runtime_env: dict[str, Any] | None) -> None:
     if address != "auto" and not address.startswith("ray://"):
         _check_answers(address)
     try:
-        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
+        ray.init(
+            address=address,
+            runtime_env=runtime_env,
+            logging_level=logging.WARNING,
+            log_to_driver=_shows_workers(default=True),
+        )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from pipelines import storage
+from pipelines.cluster import connect, environment
 from pipelines.config import Config, build, run_job
 from pipelines.recipes import RECIPES
 from pipelines.training.settings import TrainConfig
@@ -71,7 +72,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     output = storage.absolute(config.output or ("runs/demo-fast" if config.fast else "runs/demo"))
     recipe = build(TrainConfig, RECIPES[RECIPE])
     stages = _stages(output, recipe, fast=config.fast)
-    results = {stage.job: _run_stage(stage, f"[{n}/{len(stages)}]") for n, stage in enumerate(stages, 1)}
+    with connect():  # one Ray for all stages
+        results = {stage.job: _run_stage(stage, f"[{n}/{len(stages)}]") for n, stage in enumerate(stages, 1)}
     trained, evaluated, summarised = results["train"], results["evaluate"], results["summarise"]
     subject = storage.read_json(storage.join(evaluated["output"], "config.json"))["model"]
     lines = [
@@ -172,7 +174,7 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
         signal.signal(wish, hand_on)
     try:
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0
+            command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0
         ) as process:
             started.append(process)
             for number in asked:  # came while it was being started

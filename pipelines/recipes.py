@@ -13,7 +13,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "dataset": {"recall_fraction": 0.75, "recall_answer_weight": 1000.0},
         "curriculum": {
             "num_segments": [1, 2, 3, 4, 6, 8],
-            "steps": [150, 450, 200, 150, 150, 400],
+            "steps": [150, 450, 200, 150, 150, 200],
             "advance_below": 0.1,
         },
     },
