@@ -5,7 +5,8 @@
 
 Rows of a batch follow documents segment by segment and carry their memory along; some read texts with a planted fact
 instead. The run's directory gets metrics.jsonl, tensorboard/, checkpoint_*/ and, at the end, model/: the portable
-directory that the other jobs load. The same command again goes on where the run stopped.
+directory that the other jobs load. The same command again goes on where the run stopped. A worker or node that fails
+costs the steps since the last checkpoint: the run goes on from there by itself.
 """
 
 import sys
@@ -15,6 +16,7 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import difflib
+import json
 import logging
 import os
 import signal
@@ -35,13 +37,16 @@ from pipelines.cluster import connect
 from pipelines.config import InputError, run_job
 from pipelines.extras import require_extra
 from pipelines.recipes import RECIPES
+from pipelines.training import checkpoints
+from pipelines.training.identity import Identity, check_same, identity_of
 from pipelines.training.settings import TrainConfig, model_config
-from pipelines.training.worker import check_continues, make_lanes, open_store, run_fingerprint, train_worker
+from pipelines.training.worker import make_lanes, open_store, train_worker
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
 
 _LINE_S = 10.0  # between progress lines where there is no terminal
 FINISHED = "run.json"  # written last: a run without it has not reached its end
+REGISTRY = "checkpoint_manager_snapshot.json"  # Ray Train's list of whole checkpoints; what is not on it is a left-over
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,8 +93,8 @@ def _placed(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=found)
 
 
-def check(config: TrainConfig) -> str:
-    """Refuses, before anything starts, what cannot work; the run's fingerprint."""
+def check(config: TrainConfig) -> Identity:
+    """Refuses, before anything starts, what cannot work; what the run is."""
     store = open_store(config)
     tokenizer = store.load_tokenizer()
     make_lanes(config, store, tokenizer)
@@ -111,64 +116,59 @@ def check(config: TrainConfig) -> str:
         sum(document.num_tokens for document in store.manifest),
         store.segment_len,
     )
-    return run_fingerprint(config, store)
+    return identity_of(config, store, description)
 
 
-def _earlier(config: TrainConfig, identity: str) -> dict[str, Any] | None:
+def _earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
     """The result of a finished run with the same settings; refuses what would mix runs."""
     names = storage.list_names(config.output) if storage.exists(config.output) else []
-    checkpoints = _checkpoints(config.output)
+    registered = _checkpoints(config.output)
     if config.resume == "never" and names:
         raise InputError(f"{config.output} holds a run already and resume is never; give another --output")
     if config.resume not in ("auto", "never"):
-        if not storage.exists(storage.join(config.resume, "worker_00000.json")):
+        if not storage.exists(storage.join(config.resume, checkpoints.PROGRESS)):
             raise InputError(f"resume {config.resume!r} is no checkpoint; give a checkpoint_* directory of a run")
-        if checkpoints:
+        if registered:
             raise InputError(f"{config.output} holds a run already; give another --output to start from a checkpoint")
+        other = storage.read_json(storage.join(config.resume, checkpoints.PROGRESS))
+        check_same(other["identity"], identity, f"{config.resume} is of a run")
     if FINISHED in names:
         finished = storage.read_json(storage.join(config.output, FINISHED))
-        if finished["identity"] != identity:
-            raise InputError(f"{config.output} holds a finished run with other settings or data; give another --output")
+        check_same(finished["identity"], identity, f"{config.output} holds a finished run")
         return dict(finished["result"])
-    if checkpoints:
-        part = storage.read_json(storage.join(config.output, checkpoints[-1], "worker_00000.json"))
-        if part["identity"] != identity:
-            raise InputError(f"{config.output} holds a run with other settings or data; give another --output")
-        check_continues(part, identity, config.workers.num_workers)
-        log.info("going on with the run in %s", config.output)
+    if registered:
+        check_same(_progress(config.output).identity, identity, f"{config.output} holds a run")
+        log.info("going on with the run in %s from step %d", config.output, _progress(config.output).step)
+    for name in names:
+        if name.startswith("checkpoint_") and name not in registered and not name.endswith(".json"):
+            log.info("removing %s, which was not finished when a worker or the run was stopped", name)
+            files, path = storage.filesystem(storage.join(config.output, name))
+            files.delete_dir(path)
     return None
 
 
 def _checkpoints(output: str) -> list[str]:
-    """Names of the run's checkpoints, the oldest first."""
-    names = storage.list_names(output) if storage.exists(output) else []
-    return sorted(name for name in names if name.startswith("checkpoint_") and not name.endswith(".json"))
+    """Names of the run's whole checkpoints, the oldest first: what Ray Train has registered."""
+    registry = storage.join(output, REGISTRY)
+    if not storage.exists(registry):
+        return []
+    return [result["checkpoint_dir_name"] for result in storage.read_json(registry)["checkpoint_results"]]
+
+
+def _progress(output: str) -> checkpoints.Progress:
+    """Of the run's last checkpoint; there is one."""
+    last = _checkpoints(output)[-1]
+    return checkpoints.Progress(**storage.read_json(storage.join(output, last, checkpoints.PROGRESS)))
 
 
 def _fit(config: TrainConfig) -> dict[str, Any]:
     """Ray Train over the workers; the last metrics. Ctrl-C asks the workers to checkpoint and stop."""
-    workers = config.workers
-    files, path = storage.filesystem(config.output)
     monitor = ray.remote(num_cpus=0)(Monitor).remote()
-    trainer = TorchTrainer(
-        train_worker_entry,
-        train_loop_config={"settings": config.model_dump(mode="json"), "monitor": monitor},
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=_resources(config)
-        ),
-        run_config=ray.train.RunConfig(
-            name=os.path.basename(path),
-            storage_path=os.path.dirname(path),
-            storage_filesystem=files if storage.is_s3(config.output) else None,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.report.keep_checkpoints),
-        ),
-    )
     failure: list[BaseException] = []
 
     def fit() -> None:
         try:
-            trainer.fit()
+            _fit_until_stuck(config, monitor)
         except BaseException as error:  # carried over to the main thread
             failure.append(error)
 
@@ -176,45 +176,96 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
     thread.start()
     interrupted = _watch(thread, monitor, config)
     if failure:
-        raise _cause(failure[0])
-    metrics: dict[str, Any] = ray.get(monitor.latest.remote())
-    if interrupted:
-        log.info("stopped at step %d; the same command goes on from there", metrics.get("step", 0))
+        raise failure[0]
+    refused = ray.get(monitor.refused.remote())
+    if refused is not None:
+        raise InputError(refused)
+    step = _progress(config.output).step
+    if interrupted and step < config.num_steps:
+        log.info("stopped at step %d; the same command goes on from there", step)
         raise KeyboardInterrupt
+    lines = storage.read_bytes(storage.join(config.output, "metrics.jsonl")).splitlines()
+    metrics = json.loads(lines[-1])
     return {name: metrics.get(name) for name in ("loss", "tokens_per_s", "peak_memory_bytes")}
+
+
+def _fit_until_stuck(config: TrainConfig, monitor: Any) -> None:
+    """Runs Ray Train; as long as it comes further, again: `max_failures` are allowed between two checkpoints."""
+    while True:
+        before = _checkpoints(config.output)
+        try:
+            _trainer(config, monitor).fit()
+        except TrainingFailedError as error:
+            if _checkpoints(config.output)[-1:] == before[-1:]:
+                raise
+            reason = str(error).strip().splitlines()[-1]
+            log.warning("workers failed (%s); going on from step %d", reason, _progress(config.output).step)
+        else:
+            return
+
+
+def _trainer(config: TrainConfig, monitor: Any) -> TorchTrainer:
+    workers = config.workers
+    files, path = storage.filesystem(config.output)
+    least, most = workers.num_workers
+    return TorchTrainer(
+        train_worker_entry,
+        train_loop_config={"settings": config.model_dump(mode="json"), "monitor": monitor},
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=most if least == most else (least, most),
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=_resources(config),
+        ),
+        run_config=ray.train.RunConfig(
+            name=os.path.basename(path),
+            storage_path=os.path.dirname(path),
+            storage_filesystem=files if storage.is_s3(config.output) else None,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.report.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
 
 
 def _resources(config: TrainConfig) -> dict[str, float]:
     return {"CPU": config.workers.cpus} | ({"GPU": 1.0} if config.workers.use_gpu else {})
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Of a failed run the worker's own complaint, where it is about what the user gave."""
-    if isinstance(error, TrainingFailedError):
-        for failure in getattr(error, "worker_failures", {}).values():
-            inner = getattr(failure, "cause", failure)
-            if isinstance(inner, InputError):
-                return inner
-    return error
-
-
 class Monitor:
-    """An actor between the workers and the driver: the last metrics one way, the wish to stop the other."""
+    """An actor between the workers and the driver: what they have to say one way, the wish to stop the other."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
+        self.starts: list[str] = []
+        self.fault: str | None = None
         self.stopping = False
 
-    def tell(self, metrics: dict[str, Any]) -> bool:
-        """Takes metrics; whether to stop."""
+    def begin(self, num_workers: int, step: int) -> None:
+        """Takes that workers begin, or go on, from a step."""
+        self.starts.append(f"training with {num_workers} worker{'s' * (num_workers > 1)} from step {step}")
+
+    def begun(self) -> list[str]:
+        return self.starts
+
+    def tell(self, metrics: dict[str, Any]) -> None:
         self.metrics = metrics
-        return self.stopping
 
     def latest(self) -> dict[str, Any]:
         return self.metrics
 
+    def refuse(self, fault: str) -> None:
+        """Takes what is wrong with what the user gave."""
+        self.fault = fault
+
+    def refused(self) -> str | None:
+        return self.fault
+
     def stop(self) -> None:
         self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
 
 
 def train_worker_entry(arguments: dict[str, Any]) -> None:
@@ -230,16 +281,19 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        log.info("stopping after the next report, with a checkpoint; Ctrl-C again stops at once")
+        log.info("stopping soon, with a checkpoint; Ctrl-C again stops at once")
         monitor.stop.remote()
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     bar = tqdm(total=config.num_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
     try:
-        shown = time.monotonic()
+        shown, num_starts = time.monotonic(), 0
         while thread.is_alive():
             thread.join(timeout=0.5)
-            metrics = ray.get(monitor.latest.remote())
+            metrics, starts = ray.get([monitor.latest.remote(), monitor.begun.remote()])
+            for line in starts[num_starts:]:
+                log.info(line)
+            num_starts = len(starts)
             if not metrics:
                 continue
             bar.n = metrics["step"]

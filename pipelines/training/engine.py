@@ -1,4 +1,4 @@
-"""The model under DeepSpeed: one forward pass over a window, one backward pass, one step.
+"""The model under DeepSpeed: what is wrapped, with which settings, and how its weights come out again.
 
 DeepSpeed is imported inside functions, by the training worker alone: Ray's controller imports this module too.
 
@@ -6,47 +6,55 @@ Axes: R rows of a worker, K segments of a window, T tokens of a segment.
 """
 
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
 import rmt_core
+from pipelines.config import InputError
 from pipelines.data.lanes import Window
 from pipelines.training.settings import GradientSettings, TrainConfig
-from rmt_core import SegmentBatch
+from rmt_core import SegmentBatch, Unrolled
 from rmt_core.checkpoint import save_tensors, tensors_of
 from rmt_core.state import State
 
 
-class StepResult(NamedTuple):
-    """What one pass over a worker's rows gave."""
-
-    loss: Tensor  # () this worker's share of the global weighted mean, to go backward from
-    nats: Tensor  # (R, K, T) of each label, detached; 0 where nothing is asked
-    state: State  # after the window, detached
-
-
 class WindowLoss(nn.Module):
-    """The module that DeepSpeed wraps: its one forward pass holds the loop over segments."""
+    """The module that DeepSpeed wraps: one forward pass holds the loop over segments."""
 
     def __init__(self, model: rmt_core.RecurrentModel, gradient: GradientSettings) -> None:
         super().__init__()
         self.model = model
-        self.gradient = gradient
+        self.checkpointed = gradient.mode == "checkpoint"
+        self.bptt_segments = None if gradient.exact_depth else gradient.bptt_segments
 
-    def forward(self, segments: list[SegmentBatch], state: State, total_weight: Tensor) -> StepResult:
-        """`total_weight` () is the weight of all workers' labels: shares then add up to the global mean."""
-        result = self.model.unroll(
-            segments,
+    def forward(
+        self,
+        segments: Sequence[SegmentBatch],
+        state: State,
+        generator: torch.Generator | None = None,
+        num_read: int = 0,
+    ) -> Unrolled | State:
+        """The loss over the segments behind the first `num_read`, which only move the state on; without any, the state.
+
+        The gradient goes back through those that are only read, too.
+        """
+        for segment in segments[:num_read]:
+            state = self.model.state_after(segment, state, generator)
+        if num_read == len(segments):
+            return state
+        return self.model.unroll(
+            segments[num_read:],
             state,
-            bptt_segments=self.gradient.bptt_segments,
-            checkpointed=self.gradient.mode == "checkpoint",
+            bptt_segments=self.bptt_segments,
+            checkpointed=self.checkpointed,
+            generator=generator,
         )
-        loss = result.loss_sum / total_weight + result.aux / dist.get_world_size()
-        return StepResult(loss, torch.stack(result.nats, dim=1), rmt_core.state.detach(result.state))
 
 
 def segments_of(window: Window, device: torch.device) -> list[SegmentBatch]:
@@ -64,15 +72,31 @@ def start_engine(model: rmt_core.RecurrentModel, config: TrainConfig, deepspeed_
 
     # DeepSpeed would compile its shared-memory all-reduce at the start on CPUs; only its inference calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-    )
+    groups = parameter_groups(model, config.optimizer.weight_decay)
     engine, *_ = deepspeed.initialize(
-        model=WindowLoss(model, config.gradient), optimizer=optimizer, config=deepspeed_settings
+        model=WindowLoss(model, config.gradient), optimizer=_adamw(groups, config), config=deepspeed_settings
     )
     return engine
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW: torch's, or for GPUs that offload it DeepSpeed's for CPUs, which compiles itself once, in minutes."""
+    settings: dict[str, Any] = {
+        "lr": config.optimizer.learning_rate,
+        "betas": (config.optimizer.beta1, config.optimizer.beta2),
+    }
+    if not (config.workers.offload_optimizer and config.workers.use_gpu):
+        return torch.optim.AdamW(groups, **settings)
+    compiler, ninja = shutil.which(os.environ.get("CXX", "g++")), shutil.which("ninja")
+    if compiler is None or ninja is None:
+        missing = " and ".join(name for name, path in (("a C++ compiler", compiler), ("ninja", ninja)) if path is None)
+        raise InputError(
+            f"workers.offload_optimizer compiles DeepSpeed's AdamW for CPUs, and a node has no {missing} on its path; "
+            "install them in the nodes' image, or set workers.offload_optimizer no"
+        )
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -84,31 +108,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; what has surprising defaults is written out."""
+def deepspeed_config(config: TrainConfig, world_size: int, *, universal: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration; what has surprising defaults is written out. `universal`: of the checkpoint to load.
+
+    DeepSpeed is told of one micro-batch a step: several windows, and rows that workers do not share evenly, are
+    weighed in the loss, and `steps.Stepper` says where a step ends.
+    """
+    zero: dict[str, Any] = {"stage": config.workers.zero_stage, "overlap_comm": False}
+    if config.workers.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.workers.use_gpu}
     return {
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size,
+        "train_micro_batch_size_per_gpu": max(1, config.batch_size // world_size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip_norm,
-        "zero_optimization": {"stage": config.workers.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW where nothing is to be compiled
         "bf16": {"enabled": config.workers.precision == "bfloat16"},
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
-
-
-def optimise(engine: Any, window: Window, state: State, learning_rate: float) -> StepResult:
-    """One optimiser step over a window; every worker calls it with windows of as many segments."""
-    segments = segments_of(window, engine.device)
-    total = torch.tensor(float(window.weights[window.labels != rmt_core.IGNORED].sum()), device=engine.device)
-    dist.all_reduce(total)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    result: StepResult = engine(segments, state, total.clamp(min=1e-30))
-    engine.backward(result.loss * dist.get_world_size())  # DeepSpeed averages over workers; shares are to be summed
-    engine.step()
-    return result
 
 
 def save_portable(directory: Path, engine: Any, config: rmt_core.ModelConfig, tokenizer: Any) -> None:

@@ -36,6 +36,16 @@ class Sums:
         self.num_tokens = 0
         self.num_padded = 0
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was added since the last line, as tensors; those of several workers may be added up."""
+        sizes = torch.tensor([self.num_tokens, self.num_padded])
+        return {"by_index": self.by_index, "answers": self.answers, "sizes": sizes}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a `state`."""
+        self.by_index, self.answers = state["by_index"].clone(), state["answers"].clone()
+        self.num_tokens, self.num_padded = (int(size) for size in state["sizes"])
+
     def add(self, window: Window, nats: torch.Tensor) -> None:
         """A window with the nats (R, K, T) of its labels."""
         nats = nats.detach().double().cpu()

@@ -9,8 +9,9 @@ import pydantic
 from pydantic import Field
 
 import rmt_core
-from pipelines.config import Config, Count, InputError
+from pipelines.config import Config, Count, InputError, split_commas
 from pipelines.data.tokenise import Tokenizer
+from rmt_core.gradients import check_mode
 
 
 def _kind(value: Any) -> Any:
@@ -63,6 +64,9 @@ class OptimizerSettings(Config):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2")
     clip_norm: float = Field(default=1.0, ge=0, description="global gradient norm is clipped to this; 0: no clipping")
+    accumulation_steps: int = Field(
+        default=1, ge=1, description="windows that each row reads for one optimiser step, one after another"
+    )
 
 
 class CurriculumSettings(Config):
@@ -74,7 +78,9 @@ class CurriculumSettings(Config):
     steps: list[int] = Field(
         default=[200, 600, 200, 200, 200, 200], min_length=1, description="optimiser steps of each stage"
     )
-    vary: bool = Field(default=True, description="each step draws its number of segments evenly from 1 to the stage's")
+    vary: bool = Field(
+        default=True, description="each window draws its number of segments evenly from 1 to the stage's"
+    )
 
     advance_below: float | None = Field(
         default=None,
@@ -96,20 +102,22 @@ class CurriculumSettings(Config):
 class GradientSettings(Config):
     """How the gradient goes back through a window's segments."""
 
-    mode: Literal["full", "truncated", "checkpoint"] = Field(
+    mode: Literal["full", "truncated", "checkpoint", "replay"] = Field(
         default="full",
-        description="truncated: at most bptt_segments back; checkpoint: full, at less memory",
+        description="truncated: at most bptt_segments back; checkpoint, replay: full, with one segment's activations",
     )
     bptt_segments: int | None = Field(
         default=None, ge=1, description="with mode truncated: segments a gradient may cross"
     )
+    exact_depth: bool = Field(
+        default=False,
+        description="with mode truncated: every loss goes back through exactly bptt_segments segments, at as many "
+        "times the cost",
+    )
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "GradientSettings":
-        if (self.mode == "truncated") != (self.bptt_segments is not None):
-            raise ValueError(
-                f"bptt_segments is {self.bptt_segments} with mode {self.mode}; give it with truncated and only there"
-            )
+        check_mode(self.mode, self.bptt_segments, self.exact_depth)
         return self
 
 
@@ -127,16 +135,54 @@ class DataSettings(Config):
     recall_answer_weight: float = Field(default=30.0, gt=0, description="loss weight of an answer's tokens")
 
 
+def _between(value: Any) -> Any:
+    """(least, most) from 2, "2", "1,4" or [1, 4]."""
+    parts = split_commas(str(value) if isinstance(value, int) else value)
+    try:
+        numbers = [int(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    least, most = (numbers[0], numbers[-1]) if numbers else (0, 0)
+    if len(numbers) > 2 or not 1 <= least <= most:
+        raise ValueError("needs a whole number from 1 on, or MIN,MAX such as 2,8")
+    return least, most
+
+
 class WorkerSettings(Config):
     """How the work is spread."""
 
-    num_workers: int = Field(default=1, ge=1, description="training processes; batch_size must be a multiple")
+    num_workers: Annotated[tuple[int, int], pydantic.BeforeValidator(_between)] = Field(
+        default=(1, 1),
+        description="training processes, best a divisor of batch_size; MIN,MAX: as many as the cluster has room for",
+    )
     cpus: float = Field(default=1.0, gt=0, description="CPU cores a worker")
     use_gpu: bool = Field(default=False, description="one GPU a worker")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO: what is sharded over workers")
+    offload_optimizer: bool = Field(
+        default=False, description="keep the optimiser's state and its step on the CPU (ZeRO-Offload)"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of weights in the model and activations"
     )
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="times that the run goes on from its last checkpoint by itself after a worker failed; nodes that "
+        "are announced to go are not counted",
+    )
+    resize_every_s: float = Field(
+        default=60.0, gt=0, description="with MIN,MAX: seconds between looks whether there is room for more workers"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "WorkerSettings":
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; 0 has no sharded optimiser to offload")
+        return self
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1]
 
 
 class ReportSettings(Config):
@@ -174,9 +220,10 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         if self.curriculum.advance_below is not None and not self.num_recall_lanes:
             raise ValueError("curriculum.advance_below needs answers to judge by; set dataset.recall_fraction above 0")
-        if self.batch_size % self.workers.num_workers:
+        if self.workers.max_workers > self.batch_size:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of workers.num_workers {self.workers.num_workers}"
+                f"workers.num_workers {self.workers.max_workers} exceeds batch_size {self.batch_size}: every worker "
+                f"needs a row; use at most {self.batch_size} workers"
             )
         return self
 
@@ -187,10 +234,6 @@ class TrainConfig(Config):
     @property
     def num_recall_lanes(self) -> int:
         return round(self.dataset.recall_fraction * self.batch_size)
-
-
-# Not part of what is learned: a run may go on with other values of these.
-HOUSEKEEPING = {"output", "resume", "report", "data"}
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) -> rmt_core.ModelConfig:
@@ -260,7 +303,7 @@ def next_stage(settings: CurriculumSettings, stage: int, step: int, answer_loss:
     return min(stage + learned, len(settings.steps) - 1)
 
 
-def num_segments_at(settings: CurriculumSettings, stage: int, step: int, seed: int) -> int:
-    """Segments of the window of optimiser step `step`, which is in `stage`; the same on every worker."""
+def num_segments_at(settings: CurriculumSettings, stage: int, window: int, seed: int) -> int:
+    """Segments of the run's window number `window`, which is in `stage`; the same on every worker."""
     longest = settings.num_segments[stage]
-    return int(np.random.default_rng((seed, step)).integers(1, longest + 1)) if settings.vary else longest
+    return int(np.random.default_rng((seed, window)).integers(1, longest + 1)) if settings.vary else longest

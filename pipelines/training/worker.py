@@ -4,12 +4,13 @@ Axes: R rows of a worker.
 """
 
 import contextlib
-import json
+import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import ray.train
@@ -19,35 +20,25 @@ from torch import distributed as dist
 
 import rmt_core
 from pipelines import storage
-from pipelines.config import InputError, build, fingerprint
+from pipelines.config import InputError, build
 from pipelines.data import lanes as data
 from pipelines.data.books import BookStore
 from pipelines.data.store import SegmentStore
 from pipelines.data.tokenise import Tokenizer
 from pipelines.tasks import recall
+from pipelines.training import checkpoints
 from pipelines.training import engine as engines
+from pipelines.training.bell import SILENT, Bell
+from pipelines.training.checkpoints import Part, Progress
+from pipelines.training.identity import Identity, check_same, identity_of
 from pipelines.training.records import Journal, Sums, peak_memory_bytes, state_norm
-from pipelines.training.settings import (
-    HOUSEKEEPING,
-    TrainConfig,
-    learning_rate,
-    model_config,
-    next_stage,
-    num_segments_at,
-)
-from rmt_core.state import State
-
-ENGINE_TAG = "engine"
+from pipelines.training.settings import TrainConfig, learning_rate, model_config, next_stage, num_segments_at
+from pipelines.training.steps import Stepper, agree, seed_of
 
 
 def open_store(config: TrainConfig) -> SegmentStore | BookStore:
     """The segments to train on."""
     return BookStore(config.segment_len) if config.data is None else SegmentStore(config.data)
-
-
-def run_fingerprint(config: TrainConfig, store: SegmentStore | BookStore) -> str:
-    """Equal for runs that would learn the same: what a checkpoint may be continued under."""
-    return fingerprint([config.model_dump(mode="json", exclude=HOUSEKEEPING | {"workers"}), store.fingerprint])
 
 
 def make_lanes(config: TrainConfig, store: SegmentStore | BookStore, tokenizer: Tokenizer) -> list[Any]:
@@ -76,52 +67,117 @@ def make_lanes(config: TrainConfig, store: SegmentStore | BookStore, tokenizer: 
     return lanes
 
 
-class Progress(NamedTuple):
-    """Where a run is: what a checkpoint gives back."""
+PreparedT = TypeVar("PreparedT")
 
-    step: int
-    state: State
+
+class Setup(NamedTuple):
+    """What a worker knows before its engine starts."""
+
+    config: TrainConfig
+    numbers: list[int]  # of its lanes, globally
+    lanes: data.Lanes
+    description: rmt_core.ModelConfig
+    tokenizer: Tokenizer
+    identity: Identity
+
+
+class Found(NamedTuple):
+    """The checkpoint to go on from."""
+
+    folder: Path
+    progress: Progress
 
 
 def train_worker(settings: dict[str, Any], monitor: Any) -> None:
     """The function that Ray Train runs on each worker. `monitor` is told of progress and says when to stop."""
     config = build(TrainConfig, settings)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
     if not config.workers.use_gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
+    with contextlib.ExitStack() as stack:
+        prepared = _together(lambda: _prepare(config, stack), monitor)
+        if prepared is None:
+            return
+        run = start_run(*prepared)
+    run.loop(monitor)
+
+
+def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
+    """What `work` gives; None, and word to the monitor, where any worker finds fault with what the user gave.
+
+    A fault ends the run: Ray would start workers that fail again and again.
+    """
+    prepared: PreparedT | None = None
+    fault: str | None = None
+    try:
+        prepared = work()
+    except InputError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    found = next((fault for fault in faults if fault is not None), None)
+    if found is None:
+        return prepared
+    if dist.get_rank() == 0:
+        ray.get(monitor.refuse.remote(found))
+    return None
+
+
+def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
+    """What a worker needs to start; the checkpoint stays open as long as the stack. InputError."""
+    setup = set_up(config)
+    folder = _checkpoint(config, stack)
+    if folder is None:
+        return setup, None
+    progress = checkpoints.read_progress(folder)
+    check_same(progress.identity, setup.identity, "the checkpoint is of a run")
+    return setup, Found(folder, progress)
+
+
+def set_up(config: TrainConfig) -> Setup:
+    """Opens the data and plans this worker's lanes. InputError."""
     store = open_store(config)
     tokenizer = store.load_tokenizer()
-    torch.manual_seed(config.seed)
     description = model_config(config, tokenizer, store.segment_len)
-    model = rmt_core.build(description).train()
-    lanes = data.Lanes(make_lanes(config, store, tokenizer)[rank::world_size], store.segment_len)
-    engine = engines.start_engine(model, config, engines.deepspeed_config(config, world_size))
-    torch.manual_seed(config.seed * 1000 + rank)  # dropout differs between workers
-    run = Run(config, engine, lanes, description, tokenizer, run_fingerprint(config, store))
-    run.restore()
-    run.loop(monitor)
+    lanes = make_lanes(config, store, tokenizer)
+    numbers = list(range(len(lanes)))[dist.get_rank() :: dist.get_world_size()]
+    mine = data.Lanes([lanes[number] for number in numbers], store.segment_len)
+    return Setup(config, numbers, mine, description, tokenizer, identity_of(config, store, description))
+
+
+def start_run(setup: Setup, found: Found | None) -> "Run":
+    """The run at its start, or at a checkpoint; every worker calls it."""
+    config, world_size = setup.config, dist.get_world_size()
+    torch.manual_seed(config.seed)
+    model = rmt_core.build(setup.description).train()
+    universal = found is not None and checkpoints.needs_conversion(found.progress, world_size)
+    engine = engines.start_engine(model, config, engines.deepspeed_config(config, world_size, universal=universal))
+    run = Run(setup, engine)
+    if found is not None:
+        run.restore(*found)
+    return run
+
+
+def _checkpoint(config: TrainConfig, stack: contextlib.ExitStack) -> Path | None:
+    """The run's last checkpoint, or the one that `resume` names, if there is one."""
+    checkpoint, named = ray.train.get_checkpoint(), config.resume
+    if checkpoint is not None:
+        return Path(stack.enter_context(checkpoint.as_directory()))
+    return None if named in ("auto", "never") else stack.enter_context(storage.local_directory(named))
 
 
 class Run:
     """One worker's part of a run in motion."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        engine: Any,
-        lanes: data.Lanes,
-        description: rmt_core.ModelConfig,
-        tokenizer: Tokenizer,
-        identity: str,
-    ) -> None:
-        self.config, self.engine, self.lanes = config, engine, lanes
-        self.description, self.tokenizer, self.identity = description, tokenizer, identity
+    def __init__(self, setup: Setup, engine: Any) -> None:
+        self.setup, self.config, self.lanes, self.engine = setup, setup.config, setup.lanes, engine
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.stepper = Stepper(engine, setup.config)
+        self.sums = Sums(engine.device)
         with self._gathered():
-            state = rmt_core.state.detach(engine.module.model.init_state(len(lanes.lanes)))
+            state = rmt_core.state.detach(engine.module.model.init_state(len(setup.numbers)))
             self.state = rmt_core.state.tree_map(torch.clone, state)
-        self.step = self.stage = 0
+        self.step = self.stage = self.num_segments = 0  # the last: of the latest window
+        self._seed()
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -131,119 +187,116 @@ class Run:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_optimization_partition_weights()):
             yield
 
+    def _seed(self) -> None:
+        """Dropout differs between workers, and between stretches of a run with different numbers of them."""
+        torch.manual_seed(seed_of(self.config.seed, self.step, self.world_size, self.rank))
+
     def loop(self, monitor: Any) -> None:
         """Steps until the end, or until the monitor says stop; a checkpoint stands for the last step in either case."""
         config, every = self.config, self.config.report
         journal = Journal(config.output, self.step) if self.rank == 0 else None
-        sums, began = Sums(self.engine.device), time.monotonic()
-        saved = self.step if self.step else -1
+        if self.rank == 0:
+            monitor.begin.remote(self.world_size, self.step)
+        bell = Bell(lambda: bool(ray.get(monitor.is_stopping.remote())))
+        began, saved = time.monotonic(), self.step if self.step else -1
         metrics: dict[str, Any] = {}
         while self.step < config.num_steps:
-            rate = learning_rate(config.optimizer, self.step, config.num_steps)
-            num_segments = num_segments_at(config.curriculum, self.stage, self.step, config.seed)
-            window = self.lanes.window(self.step, num_segments)
-            result = engines.optimise(self.engine, window, self.state, rate)
-            self.state = result.state
-            self.step += 1
-            sums.add(window, result.nats)
-            stop = False
+            stop, look = self.advance(bell.wishes() if self.rank == 0 else SILENT)
+            answer_loss = None
             if self.step % every.log_every == 0 or self.step == config.num_steps:
                 now = time.monotonic()
-                metrics = {"step": self.step, "stage": self.stage, "num_segments": num_segments, "learning_rate": rate}
-                metrics |= sums.metrics(now - began) | self._measured()
+                metrics = self._metrics(now - began)
                 began = now
-                stop = self._tell(journal, monitor, metrics)
+                if journal is not None:
+                    journal.write(metrics)
+                    monitor.tell.remote(metrics)
                 answer_loss = metrics["answer_loss"]
-            else:
-                answer_loss = None
             self.stage = next_stage(config.curriculum, self.stage, self.step, answer_loss)
             due = stop or self.step % every.checkpoint_every == 0 or self.step == config.num_steps
-            if due and saved != self.step:
+            if (due or (look and bell.is_new(ray.train.get_preemption_info()))) and saved != self.step:
                 self.save(metrics)
                 saved, began = self.step, time.monotonic()
             if stop:
                 return
 
-    def _measured(self) -> dict[str, Any]:
+    def advance(self, wishes: Sequence[bool] = ()) -> list[bool]:
+        """One optimiser step; the wishes that rank 0 had."""
+        windows = self._windows()
+        agreed = agree(windows, wishes, self.engine.device)
+        rate = learning_rate(self.config.optimizer, self.step, self.config.num_steps)
+        result = self.stepper.step(windows, self.state, agreed.weight, step=self.step, rate=rate)
+        self.state, self.num_segments = result.state, windows[-1].tokens.shape[1]
+        self.step += 1
+        for window, nats in zip(windows, result.nats, strict=True):
+            self.sums.add(window, nats)
+        return agreed.wishes
+
+    def _windows(self) -> list[data.Window]:
+        """What the next optimiser step reads."""
+        config, count = self.config, self.config.optimizer.accumulation_steps
+        found = []
+        for number in range(self.step * count, (self.step + 1) * count):
+            num_segments = num_segments_at(config.curriculum, self.stage, number, config.seed)
+            found.append(self.lanes.window(number, num_segments))
+        return found
+
+    def _metrics(self, elapsed_s: float) -> dict[str, Any]:
+        """What the next line of metrics says; every worker calls it."""
         return {
+            "step": self.step,
+            "stage": self.stage,
+            "num_segments": self.num_segments,
+            "learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.num_steps),
+            **self.sums.metrics(elapsed_s),
             "gradient_norm": _number(self.engine.get_global_grad_norm()),
             "state_norm": state_norm(self.state),
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            "num_workers": self.world_size,
         }
 
-    def _tell(self, journal: Journal | None, monitor: Any, metrics: dict[str, Any]) -> bool:
-        """Report on rank 0; whether to stop, the same on all workers."""
-        flag = torch.zeros((), device=self.engine.device)
-        if journal is not None:
-            journal.write(metrics)
-            flag += float(ray.get(monitor.tell.remote(metrics)))
-        dist.all_reduce(flag)
-        return bool(flag.item())
-
     def save(self, metrics: dict[str, Any]) -> None:
-        """A checkpoint of this step; every worker writes its part."""
+        """A checkpoint of this step, handed to Ray, which stores it and counts it once all of it is there."""
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            client = {"step": self.step}
-            self.engine.save_checkpoint(str(folder / "deepspeed"), tag=ENGINE_TAG, client_state=client)
-            engines.save_portable(folder / "model", self.engine, self.description, self.tokenizer)
-            cursors = {str(lane): cursor for lane, cursor in self.lanes.cursors().items()}
-            part = {"step": self.step, "world_size": self.world_size, "identity": self.identity, "cursors": cursors}
-            part["stage"] = self.stage
-            (folder / f"worker_{self.rank:05d}.json").write_text(json.dumps(part))
-            carried = {"memory": self.state, "random": random_states(self.engine.device)}
-            (folder / f"worker_{self.rank:05d}.safetensors").write_bytes(
-                rmt_core.state.to_bytes(carried, self.identity)
-            )
-            dist.barrier()
-            reported = {name: metrics[name] for name in ("loss", "step") if metrics.get(name) is not None}
+            self.write(Path(name))
+            reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
 
-    def restore(self) -> None:
-        """Go on from the run's last checkpoint, or from the one that `resume` names, if there is one."""
-        checkpoint, named = ray.train.get_checkpoint(), self.config.resume
-        with contextlib.ExitStack() as stack:
-            if checkpoint is not None:
-                folder = Path(stack.enter_context(checkpoint.as_directory()))
-            elif named not in ("auto", "never"):
-                folder = stack.enter_context(storage.local_directory(named))
-            else:
-                return
-            part = json.loads((folder / f"worker_{self.rank:05d}.json").read_text())
-            check_continues(part, self.identity, self.world_size)
-            self.engine.load_checkpoint(str(folder / "deepspeed"), tag=ENGINE_TAG)
-            blob = (folder / f"worker_{self.rank:05d}.safetensors").read_bytes()
-        carried = rmt_core.state.to(rmt_core.state.from_bytes(blob, self.identity), self.engine.device)
-        self.state, self.step, self.stage = carried["memory"], part["step"], part["stage"]
-        set_random_states(carried["random"], self.engine.device)
-        for lane in self.lanes.lanes:
+    def write(self, folder: Path) -> None:
+        """This worker's part of a checkpoint of this step; every worker calls it, and all parts make one directory."""
+        setup = self.setup
+        self.engine.save_checkpoint(str(folder / "deepspeed"), tag=checkpoints.ENGINE_TAG)
+        engines.save_portable(folder / "model", self.engine, setup.description, setup.tokenizer)
+        if self.rank == 0:
+            checkpoints.write_progress(folder, Progress(self.step, self.stage, self.world_size, setup.identity))
+        cursors = [lane.cursor if isinstance(lane, data.DocumentLane) else None for lane in self.lanes.lanes]
+        part = Part(self.state, cursors, self.sums.state(), checkpoints.random_states(self.engine.device))
+        checkpoints.write_part(folder, self.rank, setup.numbers, part, setup.identity)
+        dist.barrier()
+
+    def restore(self, folder: Path, progress: Progress) -> None:
+        """Go on from a checkpoint, whoever wrote it; every worker calls it."""
+        directory, tag = folder / "deepspeed", checkpoints.ENGINE_TAG
+        converted = checkpoints.needs_conversion(progress, self.world_size)
+        is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, as Ray Train says
+        if converted:
+            universal = checkpoints.convert(folder) if is_first else checkpoints.universal_directory(folder)
+            directory, tag = universal.parent, universal.name
+            dist.barrier()
+        self.engine.load_checkpoint(str(directory), tag=tag)
+        dist.barrier()
+        if converted and is_first:
+            shutil.rmtree(directory / tag, ignore_errors=True)
+        part = checkpoints.read_part(folder, self.rank, self.world_size, self.setup.numbers, progress)
+        self.state = rmt_core.state.to(part.memory, self.engine.device)
+        self.step, self.stage = progress.step, progress.stage
+        self.sums.restore(part.sums)
+        if part.random is None:
+            self._seed()
+        else:
+            checkpoints.set_random_states(part.random, self.engine.device)
+        for lane, cursor in zip(self.lanes.lanes, part.cursors, strict=True):
             if isinstance(lane, data.DocumentLane):
-                lane.cursor = data.Cursor(*part["cursors"][str(lane.number)])
-
-
-def check_continues(part: dict[str, Any], identity: str, world_size: int) -> None:
-    """InputError where a checkpoint is of another run, or of another number of workers."""
-    if part["identity"] != identity:
-        raise InputError(
-            "the checkpoint is of a run with other settings or other data; give the same ones, or another output"
-        )
-    if part["world_size"] != world_size:
-        raise InputError(
-            f"the checkpoint is of {part['world_size']} workers, this run has {world_size}; "
-            f"set workers.num_workers {part['world_size']}"
-        )
-
-
-def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's random generators that a training step may draw from."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+                lane.cursor = data.Cursor(*cursor)
 
 
 def _number(value: Any) -> float | None:

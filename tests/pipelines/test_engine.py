@@ -1,7 +1,10 @@
 """Two workers under DeepSpeed equal one process and plain torch, for every ZeRO stage and gradient mode."""
 
+import functools
+import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +13,70 @@ import torch
 from torch import multiprocessing
 
 import rmt_core
-from pipelines.config import build
+from pipelines.config import InputError, build
 from pipelines.data import lanes
 from pipelines.data.books import BookStore
 from pipelines.training import engine as engines
 from pipelines.training.settings import TrainConfig, learning_rate, model_config, num_segments_at, stage_at
+from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.worker import make_lanes
 from rmt_core.checkpoint import tensors_of
 
 STEPS, WORLD_SIZE = 3, 2
-CASES = [
-    (0, {"mode": "full"}),
-    (1, {"mode": "full"}),
-    (2, {"mode": "full"}),
-    (3, {"mode": "full"}),
-    (2, {"mode": "truncated", "bptt_segments": 2}),
-    (3, {"mode": "checkpoint"}),
-]
+MODES = {
+    "full": {"mode": "full"},
+    "truncated": {"mode": "truncated", "bptt_segments": 2},
+    "checkpoint": {"mode": "checkpoint"},
+    "replay": {"mode": "replay"},
+    "exact": {"mode": "truncated", "bptt_segments": 2, "exact_depth": True},
+}
+# Name -> ZeRO stage, gradient mode, other settings.
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    f"zero{stage}-{mode}": (stage, mode, {}) for stage in range(4) for mode in MODES if mode != "exact"
+}
+ACCUMULATED = {"optimizer": {"accumulation_steps": 2}}
+UNEVEN = {"batch_size": 5}
+SAMPLING = {"model": {"memory": {"kind": "infinity", "num_basis": 8, "kl_weight": 0.0}}}
+DROPOUT = {"model": {"family": "gpt2", "max_positions": 64, "memory": {"kind": "rmt", "num_tokens": 2}}}
+CASES |= {
+    "zero2-exact": (2, "exact", {}),
+    "zero3-exact": (3, "exact", {}),
+    **{f"zero{stage}-accumulated-full": (stage, "full", ACCUMULATED) for stage in range(4)},
+    "zero2-accumulated-replay": (2, "replay", ACCUMULATED),
+    "zero3-accumulated-replay": (3, "replay", ACCUMULATED),
+    "zero1-uneven-replay": (1, "replay", UNEVEN),
+    "zero3-uneven-full": (3, "full", UNEVEN),
+    "zero1-offload": (1, "full", {"workers": {"offload_optimizer": True}}),
+    "zero2-offload": (2, "replay", {"workers": {"offload_optimizer": True}}),
+    "zero3-offload": (3, "replay", {"workers": {"offload_optimizer": True}}),
+    "zero2-sampling": (2, "replay", SAMPLING),
+    "zero3-sampling": (3, "checkpoint", SAMPLING),
+}
+DROPPING = {f"zero{stage}-dropout-{mode}": (stage, mode, DROPOUT) for stage in (0, 2, 3) for mode in ("full", "replay")}
+DROPPING["zero2-dropout-checkpoint"] = (2, "checkpoint", DROPOUT)
 
 
-def settings(zero_stage: int, gradient: dict[str, Any]) -> TrainConfig:
-    return build(
-        TrainConfig,
-        {
-            "batch_size": 4,
-            "segment_len": 48,
-            "model": {"width": 32, "feed_forward_width": 48, "memory": {"kind": "rmt", "num_tokens": 2}},
-            "optimizer": {"warmup_steps": 1, "clip_norm": 0.5, "weight_decay": 0.1},
-            "curriculum": {"num_segments": [3, 4], "steps": [2, 10], "vary": False},
-            "dataset": {"piece_segments": 2, "recall_fraction": 0.25},
-            "workers": {"num_workers": WORLD_SIZE, "zero_stage": zero_stage},
-            "gradient": gradient,
-        },
-    )
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    found = dict(values)
+    for name, value in changes.items():
+        found[name] = merged(found[name], value) if isinstance(value, dict) and name in found else value
+    return found
+
+
+def settings(zero_stage: int, mode: str, changes: dict[str, Any]) -> TrainConfig:
+    """Documents of other lengths in every lane, a longer window from the third step on, clipping that bites."""
+    base = {
+        "batch_size": 4,
+        "segment_len": 48,
+        "model": {"width": 32, "feed_forward_width": 48},
+        "optimizer": {"warmup_steps": 1, "clip_norm": 0.5, "weight_decay": 0.1},
+        "curriculum": {"num_segments": [3, 4], "steps": [2, 10], "vary": False},
+        "dataset": {"piece_segments": 2, "recall_fraction": 0.25},
+        "workers": {"num_workers": WORLD_SIZE, "zero_stage": zero_stage},
+        "gradient": MODES[mode],
+    }
+    base["model"]["memory"] = changes.get("model", {}).get("memory", {"kind": "rmt", "num_tokens": 2})  # type: ignore[index]
+    return build(TrainConfig, merged(base, changes))
 
 
 def fresh_model(config: TrainConfig) -> rmt_core.RecurrentModel:
@@ -56,53 +90,117 @@ def lanes_of(config: TrainConfig, rank: int, world_size: int) -> lanes.Lanes:
     return lanes.Lanes(make_lanes(config, store, store.load_tokenizer())[rank::world_size], config.segment_len)
 
 
-def num_segments(config: TrainConfig, step: int) -> int:
-    return num_segments_at(config.curriculum, stage_at(config.curriculum, step), step, config.seed)
+def windows_of(config: TrainConfig, mine: lanes.Lanes, step: int) -> list[lanes.Window]:
+    """What the lanes read in an optimiser step."""
+    count, stage = config.optimizer.accumulation_steps, stage_at(config.curriculum, step)
+    numbers = range(step * count, (step + 1) * count)
+    return [mine.window(n, num_segments_at(config.curriculum, stage, n, config.seed)) for n in numbers]
+
+
+class Reduced:
+    """Numbers that went through collective reductions of gradients."""
+
+    NAMES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base", "all_to_all")
+
+    def __init__(self) -> None:
+        self.count = 0
+        for name in self.NAMES:
+            if hasattr(torch.distributed, name):
+                setattr(torch.distributed, name, self._counting(getattr(torch.distributed, name)))
+
+    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            lists = [t for a in (*args, *kwargs.values()) if isinstance(a, list | tuple) for t in a]
+            sizes = [t.numel() for t in (*tensors, *lists) if isinstance(t, torch.Tensor)]
+            self.count += max(sizes, default=0) if max(sizes, default=0) > 16 else 0
+            return function(*args, **kwargs)
+
+        return counted
 
 
 def worker(rank: int, port: int, folder: str) -> None:
-    """All cases on one of two processes; rank 0 writes each case's parameters."""
+    """All cases on one of two processes; rank 0 writes each case's parameters and what was reduced."""
+    import deepspeed
+
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))  # as Ray Train sets them
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD_SIZE)
-    for number, (stage, gradient) in enumerate(CASES):
-        config = settings(stage, gradient)
+    reduced, counts = Reduced(), {}
+    for name, case in (CASES | DROPPING).items():
+        config = settings(*case)
         given = engines.deepspeed_config(config, WORLD_SIZE)
         given["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even the smallest parameter
         engine = engines.start_engine(fresh_model(config), config, given)
         mine = lanes_of(config, rank, WORLD_SIZE)
-        import deepspeed
-
-        model = engine.module.model
-        with deepspeed.zero.GatheredParameters(list(model.memory.parameters()), enabled=stage == 3):
+        stepper, model = Stepper(engine, config), engine.module.model
+        with deepspeed.zero.GatheredParameters(list(model.memory.parameters()), enabled=case[0] == 3):
             state = rmt_core.state.tree_map(torch.clone, rmt_core.state.detach(model.init_state(len(mine.lanes))))
+        torch.manual_seed(rank)
         for step in range(STEPS):
-            window = mine.window(step, num_segments(config, step))
-            state = engines.optimise(engine, window, state, learning_rate(config.optimizer, step, STEPS)).state
-        description = model.config
-        engines.save_portable(Path(folder) / f"case{number}", engine, description, None)
+            windows = windows_of(config, mine, step)
+            agreed = agree(windows, [step == 1, False], engine.device)
+            assert agreed.wishes == [step == 1, False]
+            before = reduced.count
+            rate = learning_rate(config.optimizer, step, STEPS)
+            result = stepper.step(windows, state, agreed.weight, step=step, rate=rate)
+            state = result.state
+            counts[f"{name}-{step}"] = reduced.count - before
+        engines.save_portable(Path(folder) / name, engine, model.config, None)
         torch.distributed.barrier()
+    differing = [window._replace(tokens=window.tokens[:, : 2 + rank]) for window in windows]
+    with pytest.raises(RuntimeError, match="different numbers of segments"):
+        agree(differing, [], engine.device)
+    if rank == 0:
+        (Path(folder) / "reduced.json").write_text(json.dumps(counts))
     torch.distributed.destroy_process_group()
 
 
-def reference(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The same steps in one process: the mean over all rows, clipped, by torch's own AdamW."""
+def window_loss(model: rmt_core.RecurrentModel, config: TrainConfig, segments: Any, state: Any, generator: Any) -> Any:
+    """(sum over labels of weighted nats, the state after the window), from the definition of each mode."""
+    depth = config.gradient.bptt_segments
+    if not config.gradient.exact_depth:
+        result = model.unroll(segments, state, bptt_segments=depth, generator=generator)
+        return result.loss_sum, result.state
+    assert depth is not None
+    states, total = [state], torch.zeros(())
+    for i, segment in enumerate(segments):
+        first = max(0, i + 1 - depth)
+        carried = states[first]
+        for earlier in segments[first:i]:
+            carried = model.state_after(earlier, carried)
+        result = model.unroll([segment], carried)
+        total = total + result.loss_sum
+        states.append(rmt_core.state.detach(result.state))
+    return total, states[-1]
+
+
+@functools.cache
+def reference(words: str) -> dict[str, torch.Tensor]:
+    """The same steps in one process: the mean over all rows and windows, clipped, by torch's own AdamW."""
+    config = build(TrainConfig, json.loads(words))
     model = fresh_model(config)
     groups = engines.parameter_groups(model, config.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2))
     everything = lanes_of(config, 0, 1)
     state = rmt_core.state.detach(model.init_state(len(everything.lanes)))
     for step in range(STEPS):
-        segments = engines.segments_of(everything.window(step, num_segments(config, step)), torch.device("cpu"))
-        result = model.unroll(segments, state, bptt_segments=config.gradient.bptt_segments)
+        windows = windows_of(config, everything, step)
+        total, weight = torch.zeros(()), 0.0
+        for i, window in enumerate(windows):
+            generator = torch.Generator().manual_seed(seed_of(config.seed, step * len(windows) + i))
+            segments = engines.segments_of(window, torch.device("cpu"))
+            loss, state = window_loss(model, config, segments, rmt_core.state.detach(state), generator)
+            total = total + loss
+            weight += float((window.weights * (window.labels != rmt_core.IGNORED)).sum())
         optimizer.zero_grad()
-        result.loss.backward()
+        (total / weight).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
         optimizer.step()
-        state = rmt_core.state.detach(result.state)
     return {name: tensor.clone() for name, tensor in tensors_of(model).items()}
 
 
@@ -116,12 +214,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"zero{s}-{g['mode']}" for s, g in CASES])
-def test_two_workers_equal_one_process(trained: Path, number: int) -> None:
-    config = settings(*CASES[number])
-    start, found, wanted = fresh_model(config), rmt_core.load(trained / f"case{number}"), reference(config)
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_equal_one_process(trained: Path, name: str) -> None:
+    config = settings(*CASES[name])
+    same = config.model_dump(mode="json") | {"workers": {"num_workers": 1}}
+    if config.gradient.bptt_segments is None:
+        same["gradient"] = MODES["full"]  # the modes that are exact have one reference
+    start, found, wanted = fresh_model(config), rmt_core.load(trained / name), reference(json.dumps(same))
     moved = 0.0
-    for name, tensor in tensors_of(found).items():
-        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=0)
-        moved = max(moved, float((tensor - tensors_of(start)[name]).abs().max()))
+    for key, tensor in tensors_of(found).items():
+        torch.testing.assert_close(tensor, wanted[key], atol=1e-5, rtol=0)
+        moved = max(moved, float((tensor - tensors_of(start)[key]).abs().max()))
     assert moved > 1e-3  # otherwise nothing was learned and the equality says nothing
+
+
+@pytest.mark.parametrize("name", [name for name in DROPPING if not name.endswith("full")])
+def test_what_is_computed_again_drops_out_the_same(trained: Path, name: str) -> None:
+    stage = DROPPING[name][0]
+    found, wanted = rmt_core.load(trained / name), rmt_core.load(trained / f"zero{stage}-dropout-full")
+    for key, tensor in tensors_of(found).items():
+        torch.testing.assert_close(tensor, tensors_of(wanted)[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_replay_reduces_gradients_once_a_step(trained: Path, stage: int) -> None:
+    """As many numbers as one backward pass reduces, however many segments there are, or windows."""
+    counts = json.loads((trained / "reduced.json").read_text())
+    parameters = sum(parameter.numel() for parameter in fresh_model(settings(*CASES["zero0-full"])).parameters())
+    for step in range(STEPS):
+        once = counts[f"zero{stage}-full-{step}"]
+        assert once >= parameters
+        assert counts[f"zero{stage}-replay-{step}"] == once
+        assert counts[f"zero{stage}-accumulated-full-{step}"] == once
+
+
+def test_offloading_on_gpus_names_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    config = build(TrainConfig, {"workers": {"offload_optimizer": True, "use_gpu": True, "zero_stage": 2}})
+    with pytest.raises(InputError, match="no a C\\+\\+ compiler and ninja"):
+        engines.start_engine(fresh_model(config), config, {})

@@ -97,9 +97,12 @@ def test_a_finished_run_is_left_alone(finished: Path) -> None:
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_settings_on_the_same_output_are_refused(finished: Path) -> None:
-    with pytest.raises(InputError, match="other settings or data"):
+def test_other_settings_on_the_same_output_are_refused_by_name(finished: Path) -> None:
+    with pytest.raises(InputError, match="other settings or data: seed 0 -> 1[.]"):
         train.train(config(finished, seed=1))
+    model = SMALL["model"] | {"width": 64}  # type: ignore[operator]
+    with pytest.raises(InputError, match="model.width 32 -> 64; workers.zero_stage 2 -> 1"):
+        train.train(config(finished, model=model, workers={"zero_stage": 1}))
     with pytest.raises(InputError, match="resume is never"):
         train.train(config(finished, resume="never"))
 
@@ -110,7 +113,7 @@ def test_stopped_by_ctrl_c_and_gone_on_with_equals_uninterrupted(finished: Path,
 
     def interrupt() -> None:
         deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and lines(run)):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -155,8 +158,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["tyny"], "did you mean tiny"),
         (["tiny", "model.witdh", "8"], "model.width"),
-        (["batch_size=3", "workers.num_workers=2"], "not a multiple"),
-        (["--batch-size", "3", "workers.num_workers", "2"], "not a multiple"),
+        (["batch_size=3", "workers.num_workers=4"], "use at most 3 workers"),
+        (["--batch-size", "3", "workers.num_workers", "2,4"], "use at most 3 workers"),
+        (["workers.num_workers", "4,2"], "MIN,MAX such as 2,8"),
+        (["workers.num_workers", "0"], "MIN,MAX such as 2,8"),
+        (["workers.offload_optimizer", "yes", "workers.zero_stage", "0"], "needs zero_stage 1, 2 or 3"),
+        (["gradient.mode", "replay", "gradient.exact_depth", "yes"], "exact_depth"),
         (["gradient.mode", "truncated"], "bptt_segments"),
         (["gradient.mode", "sideways"], "truncated"),
         (["model.memory", "rtm"], "did you mean 'rmt'"),
@@ -181,6 +188,13 @@ def test_a_dry_run_prints_the_configuration(capsys: pytest.CaptureFixture[str]) 
     assert train.main(["tiny", "--dry-run", "model.num_layers", "3"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["model"]["num_layers"] == 3
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(2, (2, 2)), ("2", (2, 2)), ("1,4", (1, 4)), ([1, 4], (1, 4))])
+def test_workers_are_a_number_or_between_two(given: Any, wanted: tuple[int, int]) -> None:
+    found = build(TrainConfig, {"workers": {"num_workers": given}})
+    assert found.workers.num_workers == wanted
+    assert build(TrainConfig, found.model_dump(mode="json")) == found
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -1,0 +1,160 @@
+"""A checkpoint of a run: what each worker writes, and how any number of workers goes on from it.
+
+    progress.json               the step, the curriculum's stage, the number of workers, the run's identity
+    worker_00000.json           cursors of the lanes of worker 0, by the lanes' global numbers
+    worker_00000.safetensors    memory state of each of its lanes, its random states, sums behind the next metrics
+    deepspeed/engine/           weights and optimiser, as DeepSpeed writes them: pickles
+    model/                      the portable model
+
+Memory states and cursors belong to lanes and go with them wherever those are read. Weights and optimiser are sharded
+for a number of workers; for another one, DeepSpeed's conversion to its universal checkpoint is run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import rmt_core
+from pipelines.config import InputError
+from pipelines.training.identity import Identity, seal
+from rmt_core.state import State
+
+PROGRESS = "progress.json"
+ENGINE_TAG = "engine"
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    step: int  # optimiser steps done
+    stage: int  # of the curriculum
+    num_workers: int
+    identity: Identity
+
+
+class Part(NamedTuple):
+    """What a worker carries from step to step, beside the engine."""
+
+    memory: State  # R rows, of the lanes `numbers`
+    cursors: list[Any]  # of those lanes, JSON values; None for lanes that need none
+    sums: dict[str, torch.Tensor]  # behind the next line of metrics
+    random: dict[str, torch.Tensor] | None  # None where a worker is new: it has to seed its own
+
+
+def write_progress(folder: Path, progress: Progress) -> None:
+    (folder / PROGRESS).write_text(json.dumps(progress._asdict()))
+
+
+def read_progress(folder: Path) -> Progress:
+    return Progress(**json.loads((folder / PROGRESS).read_text()))
+
+
+def write_part(folder: Path, rank: int, numbers: Sequence[int], part: Part, identity: Identity) -> None:
+    """A worker's files; `numbers` are its lanes'."""
+    lanes = {f"{number:05d}": rmt_core.state.select(part.memory, [row]) for row, number in enumerate(numbers)}
+    carried = {"lanes": lanes, "sums": part.sums, "random": part.random}
+    cursors = dict(zip(map(str, numbers), part.cursors, strict=True))
+    (folder / f"worker_{rank:05d}.json").write_text(json.dumps({"cursors": cursors}))
+    (folder / f"worker_{rank:05d}.safetensors").write_bytes(rmt_core.state.to_bytes(carried, seal(identity)))
+
+
+def read_part(folder: Path, rank: int, world_size: int, numbers: Sequence[int], progress: Progress) -> Part:
+    """What worker `rank` of `world_size` with the lanes `numbers` goes on with, on the CPU.
+
+    Written by as many workers, it is what this one wrote. Otherwise each lane's from whoever had it; the sums go to
+    worker 0, and random states are nobody's. InputError where a file was altered.
+    """
+    same = world_size == progress.num_workers
+    cursors: dict[str, Any] = {}
+    lanes: dict[str, State] = {}
+    sums: dict[str, torch.Tensor] = {}
+    random = None
+    for writer in [rank] if same else range(progress.num_workers):
+        cursors |= json.loads((folder / f"worker_{writer:05d}.json").read_text())["cursors"]
+        try:
+            carried = rmt_core.state.from_bytes(
+                (folder / f"worker_{writer:05d}.safetensors").read_bytes(), seal(progress.identity)
+            )
+        except ValueError as error:
+            raise InputError(f"{folder.name}/worker_{writer:05d}.safetensors: {error}") from error
+        lanes |= carried["lanes"]
+        for name, value in carried["sums"].items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        random = carried["random"] if same else None
+    if rank and not same:
+        sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+    memory = rmt_core.state.stack([lanes[f"{number:05d}"] for number in numbers])
+    return Part(memory, [cursors[str(number)] for number in numbers], sums, random)
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's random generators that a training step may draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+# --- the engine's files, for another number of workers ----------------------------------------------
+
+
+def needs_conversion(progress: Progress, world_size: int) -> bool:
+    """Whether the engine's files are sharded otherwise than these workers need them."""
+    sharded = progress.identity["settings"]["workers"]["zero_stage"] > 0
+    return sharded and progress.num_workers != world_size
+
+
+def convert(folder: Path) -> Path:
+    """The engine's files of the checkpoint `folder` as DeepSpeed's universal checkpoint, on this machine's disk.
+
+    The directory is this user's alone, as pickles are loaded from it; it is named by what is converted and appears
+    whole or not at all. One process of a machine converts; takes seconds, and as much disk as the checkpoint.
+    """
+    source = folder / "deepspeed" / ENGINE_TAG
+    target = universal_directory(folder)
+    if target.exists():
+        return target
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    words = ["--input_folder", str(source), "--output_folder", str(part), "--inject_missing_state"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    try:
+        done = subprocess.run([*command, *workers], env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"DeepSpeed could not convert the checkpoint {source}: {done.stderr.strip()[-2000:]}")
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def universal_directory(folder: Path) -> Path:
+    """Where the universal form of a checkpoint lies on this machine: below a directory of this user alone."""
+    mine = Path(tempfile.gettempdir()) / f"rmt-universal-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    about = mine.lstat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o077 or mine.is_symlink():
+        raise InputError(f"{mine} is not this user's alone, and checkpoints are loaded from it; remove it")
+    digest = hashlib.sha256()
+    source = folder / "deepspeed" / ENGINE_TAG
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(source)} {content}\n".encode())
+    return mine / digest.hexdigest()[:32]

@@ -1,0 +1,68 @@
+"""What a run is, so that a checkpoint is continued under the same settings, data and model only."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import rmt_core
+from pipelines.config import InputError, canonical_json, fingerprint
+from pipelines.data.books import BookStore
+from pipelines.data.store import SegmentStore
+from pipelines.training.settings import TrainConfig
+
+# Not part of what is learned: a run may go on with other values of these.
+HOUSEKEEPING: dict[str, Any] = {
+    **dict.fromkeys(("output", "resume", "report", "data"), True),
+    "workers": {"num_workers", "cpus", "use_gpu", "max_failures", "resize_every_s"},
+}
+
+Identity = dict[str, Any]  # settings, data and model: JSON values by part
+
+
+def identity_of(config: TrainConfig, store: SegmentStore | BookStore, model: rmt_core.ModelConfig) -> Identity:
+    """Equal for runs that would learn the same, whatever the number of workers."""
+    identity = {
+        "settings": config.model_dump(mode="json", exclude=HOUSEKEEPING),
+        "data": {
+            "fingerprint": store.fingerprint,
+            "num_documents": len(store.manifest),
+            "num_tokens": sum(document.num_tokens for document in store.manifest),
+            "segment_len": store.segment_len,
+        },
+        "model": model.to_json(),
+    }
+    return json.loads(canonical_json(identity))
+
+
+def seal(identity: Identity) -> str:
+    """The identity as one hash."""
+    return fingerprint(identity)
+
+
+def check_same(old: Identity, new: Identity, what: str) -> None:
+    """InputError that names what differs and how; `what` is the old one: "runs/a holds a run"."""
+    if old == new:
+        return
+    found = list(_changes(old["settings"], new["settings"], ""))
+    if old["data"] != new["data"]:
+        found += _changes(old["data"], new["data"], "the data's ")
+    if not found:  # otherwise these follow from the settings
+        found += _changes(old["model"], new["model"], "the model's ")
+    raise InputError(
+        f"{what} with other settings or data: {'; '.join(found)}. Give the old ones, or another --output to begin anew"
+    )
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+    """`name old -> new` of every value that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        separator = "." if name and not name.endswith(" ") else ""
+        for key in sorted(old.keys() | new.keys()):
+            yield from _changes(old.get(key, "unset"), new.get(key, "unset"), f"{name}{separator}{key}")
+    elif old != new:
+        yield f"{name} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:16] + "..."
