@@ -4,7 +4,7 @@
 
 Every figure is measured with the true memory, with a zeroed one and with another row's. The output holds
 metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
-nothing; another model or other settings on the same output are refused.
+nothing, or goes on where it was interrupted; another model or other settings on the same output are refused.
 """
 
 import sys
@@ -14,12 +14,14 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import difflib
+import hashlib
 import json
 import logging
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -45,7 +47,11 @@ METRICS, TABLE, PLOT, CONFIG, PARTIAL = (
     "config.json",
     "config.partial.json",
 )
-_OWN_NAME = re.compile(r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json)(\.[0-9a-f]{8}\.tmp)?")
+_OWN_NAME = re.compile(
+    r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json|run-[a-z0-9_]+-\d+-\d+\.json)"
+    r"(\.[0-9a-f]{8}\.tmp)?"
+)
+_RUN_NAME = re.compile(r"run-[a-z0-9_]+-\d+-\d+\.json")  # of a task, length and seed: figures kept until all are there
 _REPORT_S = 30.0  # without news for so long, the log says that work goes on
 _NOT_IDENTITY = {"model", "data", "output", "num_cpus"}  # places, and what does not change a figure
 
@@ -63,6 +69,10 @@ class EvaluateConfig(Config):
         None,
         description="held-out text: a segment store or a UTF-8 text file, on disk or s3:// (none: the embedded book)",
     )
+    questions: str | None = pydantic.Field(
+        None,
+        description="file of BABILong, RULER, LongBench or SCROLLS as published, .jsonl or .parquet, for task file",
+    )
     background: Literal["prose", "noise"] = pydantic.Field(
         "prose", description="text around a fact: prose (of the held-out text) or noise (random letters)"
     )
@@ -71,7 +81,15 @@ class EvaluateConfig(Config):
     limit_segments: Count | None = pydantic.Field(
         None, ge=1, description="segments of held-out text read a length, all rows together (none: all)"
     )
-    seed: int = pydantic.Field(0, ge=0, description="seed of the questions")
+    seed: int = pydantic.Field(0, ge=0, description="first seed of the questions")
+    seeds: int = pydantic.Field(
+        1, ge=1, description="so many seeds, one after another, each a run with questions of its own"
+    )
+    depths: Annotated[list[float], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
+        [],
+        description="where facts stand, from 0 (earliest) to 1 (latest), in turn: accuracy by depth as a heat map "
+        "(none: anywhere)",
+    )
     device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where models run: cpu or cuda")
     num_cpus: int | None = pydantic.Field(
         None, ge=1, description="cores for the Ray that is started here (none: all); the result is the same"
@@ -87,7 +105,15 @@ class EvaluateConfig(Config):
                 raise ValueError(f"there is no task {task!r}; {hint}")
         return tasks
 
-    @pydantic.field_validator("task", "lengths")
+    @pydantic.field_validator("depths")
+    @classmethod
+    def _within(cls, depths: list[float]) -> list[float]:
+        for depth in depths:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"{depth} is no depth; use numbers from 0 (earliest) to 1 (latest)")
+        return sorted(depths)
+
+    @pydantic.field_validator("task", "lengths", "depths")
     @classmethod
     def _once(cls, values: list[Any]) -> list[Any]:
         for value in values:
@@ -98,12 +124,15 @@ class EvaluateConfig(Config):
     @pydantic.model_validator(mode="after")
     def _nothing_ignored(self) -> "EvaluateConfig":
         fields = {"data": "held_out", "background": "background", "num_samples": "num_samples"}
+        fields |= {"depths": "depths", "seed": "seed", "seeds": "seed", "questions": "questions"}
         read = frozenset().union(*(TASKS[task].settings for task in self.task))
         for field, setting in {**fields, "limit_segments": "limit_segments"}.items():
             if field in self.model_fields_set and setting not in read:
                 raise ValueError(f"--{field.replace('_', '-')} is not read by {', '.join(self.task)}; leave it out")
         if self.data is not None and self.background == "noise" and "limit_segments" not in read:
             raise ValueError(f"--data is not read by {', '.join(self.task)} in noise; leave it out")
+        if len(self.depths) > self.num_samples:
+            raise ValueError(f"{len(self.depths)} depths for {self.num_samples} samples; set --num-samples to more")
         return self
 
 
@@ -120,11 +149,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         log.info("%s is already measured with these settings: nothing to do", output)
         lines = [json.loads(line) for line in storage.read_bytes(storage.join(output, METRICS)).splitlines()]
         return _summary(output, lines)
-    storage.write_json(storage.join(output, PARTIAL), identity)
-    runs = [Run(task, length, model_uri, config.device) for task in config.task for length in config.lengths]
-    with connect(config.num_cpus):
-        figures = _measure(runs, material)
-    lines = [_line(run, figure, subject) for run in runs for figure in figures[run]]
+    runs = _runs(config, model_uri)
+    kept = _begin(output, identity, runs)
+    if len(kept) < len(runs):
+        with connect(config.num_cpus):
+            kept |= _measure(
+                [run for run in runs if run not in kept], material, lambda run, found: _keep(output, run, found)
+            )
+    lines = [_line(run, figure, subject) for run in runs for figure in kept[run]]
     content = {"format": FORMAT, "identity": identity, "config": config.model_dump(mode="json")}
     for name, data in (
         (METRICS, "".join(canonical_json(line) + "\n" for line in lines).encode()),
@@ -133,9 +165,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ):
         storage.write_bytes(storage.join(output, name), data)
     storage.write_json(storage.join(output, CONFIG), {**content, "model": subject._asdict()})
-    storage.delete(storage.join(output, PARTIAL))
+    for name in storage.list_names(output):
+        if name == PARTIAL or _RUN_NAME.fullmatch(name):
+            storage.delete(storage.join(output, name))
     log.info("results in %s", storage.join(output, TABLE))
     return _summary(output, lines)
+
+
+def _runs(config: EvaluateConfig, model_uri: str) -> list[Run]:
+    """Each task at each length with each seed; with the first one alone where the task draws nothing."""
+    return [
+        Run(task, length, model_uri, config.device, config.seed + i)
+        for task in config.task
+        for length in config.lengths
+        for i in range(config.seeds if "seed" in TASKS[task].settings else 1)
+    ]
 
 
 def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material, dict[str, Any]]:
@@ -143,10 +187,16 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
     model, tokenizer = load(model_uri)
     held_out = open_held_out(config.data, tokenizer)
     fields = ("background", "num_samples", "batch_size", "limit_segments", "seed")
-    material = Material(tokenizer, held_out, **{name: getattr(config, name) for name in fields})
-    for task in config.task:
-        for length in config.lengths:
-            TASKS[task].check(length, model.segment_len, material)
+    questions = None if config.questions is None else storage.absolute(config.questions)
+    material = Material(
+        tokenizer,
+        held_out,
+        depths=tuple(config.depths),
+        questions=questions,
+        **{name: getattr(config, name) for name in fields},
+    )
+    for run in _runs(config, model_uri):
+        TASKS[run.task].check(run.length, model.segment_len, replace(material, seed=run.seed))
     num_tokens = sum(held_out.num_tokens)
     subject = Subject(
         name=model_uri.rpartition("/")[2],
@@ -155,13 +205,14 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
         segment_len=model.segment_len,
         state_floats=rmt_core.state.num_floats(model.init_state(1)),
         held_out=f"{held_out.name}, {num_tokens:,} tokens, {_counted(len(held_out.num_tokens), 'document')}",
-        seed=config.seed,
+        seed=", ".join(str(config.seed + i) for i in range(config.seeds)),
     )
     identity = {
         **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "model": subject.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "held_out": held_out.fingerprint,
+        "questions": questions and hashlib.sha256(storage.read_bytes(questions)).hexdigest(),
     }
     return subject, material, identity
 
@@ -202,6 +253,43 @@ def _is_finished(output: str, identity: dict[str, Any]) -> bool:
     return True
 
 
+def _begin(output: str, identity: dict[str, Any], runs: Sequence[Run]) -> dict[Run, list[Figure]]:
+    """Notes what is measured; gives what an interrupted evaluation of just this has measured already."""
+    names = storage.list_names(output)
+    there = storage.read_json(storage.join(output, PARTIAL)) if PARTIAL in names else None
+    known = {_run_name(run): run for run in runs}
+    if there != identity:
+        if any(_RUN_NAME.fullmatch(name) for name in names):
+            raise InputError(
+                f"{output} is an unfinished evaluation made otherwise; go on with its settings, give another --output "
+                "or delete it"
+            )
+        storage.write_json(storage.join(output, PARTIAL), identity)
+        return {}
+    kept = {
+        known[name]: [
+            Figure(**{**line, "value": float(line["value"])}) for line in storage.read_json(storage.join(output, name))
+        ]
+        for name in names
+        if name in known
+    }
+    if kept:
+        log.info("%d of %d runs are already measured", len(kept), len(runs))
+    return kept
+
+
+def _keep(output: str, run: Run, figures: Sequence[Figure]) -> None:
+    lines = [
+        {**figure._asdict(), "value": figure.value if math.isfinite(figure.value) else str(figure.value)}
+        for figure in figures
+    ]
+    storage.write_json(storage.join(output, _run_name(run)), lines)
+
+
+def _run_name(run: Run) -> str:
+    return f"run-{run.task}-{run.length}-{run.seed}.json"
+
+
 def _read_config(output: str) -> dict[str, Any]:
     """The config.json of a finished evaluation; nothing where it is another program's."""
     try:
@@ -220,14 +308,16 @@ def _shown(value: Any) -> str:
 # --- the work ---------------------------------------------------------------------------------------
 
 
-def _measure(runs: Sequence[Run], material: Material) -> dict[Run, list[Figure]]:
-    """The figures of each run, one Ray task each, the longest first."""
+def _measure(
+    runs: Sequence[Run], material: Material, keep: Callable[[Run, list[Figure]], None]
+) -> dict[Run, list[Figure]]:
+    """The figures of each run, one Ray task each, the longest first; each is kept when it ends."""
     num_gpus = 1 if runs[0].device == "cuda" else 0
     if num_gpus > ray.cluster_resources().get("GPU", 0):
         raise InputError("--device cuda: there is no GPU here; use --device cpu, or a cluster that has one")
     remote, shared = ray.remote(num_cpus=1, num_gpus=num_gpus)(measure), ray.put(material)
     waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
-    log.info("measuring %s", ", ".join(f"{run.task} at {short_length(run.length)}" for run in runs))
+    log.info("measuring %s", ", ".join(_words(run) for run in runs))
     found: dict[Run, list[Figure]] = {}
     began = time.monotonic()
     try:
@@ -238,6 +328,7 @@ def _measure(runs: Sequence[Run], material: Material) -> dict[Run, list[Figure]]
                 continue
             run = waiting[done[0]]
             found[run] = ray.get(done[0])
+            keep(run, found[run])
             log.info(
                 "%d of %d: %s (%.0f s)", len(found), len(runs), _headline(run, found[run]), time.monotonic() - began
             )
@@ -255,14 +346,18 @@ def _measure(runs: Sequence[Run], material: Material) -> dict[Run, list[Figure]]
 def _headline(run: Run, figures: Sequence[Figure]) -> str:
     metric = figures[0].metric
     values = [f"{figure.memory} {figure.value:.4f}" for figure in figures if figure.metric == metric]
-    return f"{run.task} at {short_length(run.length)}: {metric} {', '.join(values)}"
+    return f"{_words(run)}: {metric} {', '.join(values)}"
+
+
+def _words(run: Run) -> str:
+    return f"{run.task} at {short_length(run.length)} (seed {run.seed})"
 
 
 def _line(run: Run, figure: Figure, subject: Subject) -> dict[str, Any]:
     """A figure as a line of metrics.jsonl; a value that is no number, as a diverged model gives, is null."""
     told = {name: value for name, value in figure._asdict().items() if value is not None}
     value = figure.value if math.isfinite(figure.value) else None
-    about = {"seed": subject.seed, "state_floats": subject.state_floats}
+    about = {"seed": run.seed, "state_floats": subject.state_floats}
     return {"task": run.task, "length": run.length, **told, "value": value, **about}
 
 

@@ -1,11 +1,43 @@
 """Evaluation tasks, one a file; the only place that names them all."""
 
-from pipelines.tasks import recall
+from pipelines.tasks import babilong, facts, needle, quadratic, recall, ruler, symbols
 from pipelines.tasks.base import Task
 from pipelines.tasks.perplexity import Perplexity
+from pipelines.tasks.question_files import FileTask
 from pipelines.tasks.questions import QuestionTask
+from pipelines.tasks.samples import Maker
+
+_PLACED: dict[str, Maker] = {
+    "recall": recall.detect,
+    "reason": facts.reason,
+    **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
+    "needle": needle.needle,
+}
+_FIRST: dict[str, Maker] = {
+    "memorise": recall.memorise,
+    **{f"capacity_{num}": facts.capacity(num) for num in facts.COUNTS},
+    "copy": symbols.copying(backwards=False),
+    "reverse": symbols.copying(backwards=True),
+    "retrieval": symbols.retrieval(rewrites=False),
+    "rewrites": symbols.retrieval(rewrites=True),
+    "quadratic": quadratic.equation,
+}
+_OWN_TEXT_PLACED: dict[str, Maker] = {
+    "passkey": needle.passkey,
+    "niah_single_1": ruler.niah_single,
+    "niah_multikey_2": ruler.niah_multikey("number"),
+    "niah_multikey_3": ruler.niah_multikey("uuid"),
+    "vt": ruler.variable_tracking,
+}
+_OWN_TEXT: dict[str, Maker] = {"sorting": symbols.sorting, "cwe": ruler.common_words, "fwe": ruler.frequent_words}
 
 TASKS: dict[str, Task] = {
     "perplexity": Perplexity(),
-    "recall": QuestionTask("recall", recall.samples, recall.shortest_text, recall.longest_answer),
+    **{name: QuestionTask(name, make, has_depths=True) for name, make in _PLACED.items()},
+    **{name: QuestionTask(name, make) for name, make in _FIRST.items()},
+    **{
+        name: QuestionTask(name, make, has_background=False, has_depths=True) for name, make in _OWN_TEXT_PLACED.items()
+    },
+    **{name: QuestionTask(name, make, has_background=False) for name, make in _OWN_TEXT.items()},
+    "file": FileTask(),
 }

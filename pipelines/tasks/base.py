@@ -10,7 +10,7 @@ true state from segment to segment; what differs is the state that a segment is 
 Axes: B rows, N tokens of a text, T tokens of a segment, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -38,6 +38,7 @@ class Figure(NamedTuple):
     memory: str | None = None  # one of MEMORIES
     segment: int | None = None  # index of the segment that it is about; None: the whole length
     num_tokens: int | None = None  # tokens that it is a mean over
+    depth: float | None = None  # where facts stand, in [0, 1]
     num_samples: int | None = None  # samples that it is a fraction of
     low: float | None = None  # ends of the 95 % confidence interval
     high: float | None = None
@@ -55,6 +56,8 @@ class Material:
     num_samples: int = 32
     batch_size: int = 8  # rows read at once
     limit_segments: int | None = None  # at most so many segments of held-out text a length
+    questions: str | None = None  # URI of a file of questions
+    depths: tuple[float, ...] = ()  # where facts stand, from 0 (earliest) to 1 (latest); none: anywhere
     seed: int = 0
 
 
@@ -110,16 +113,21 @@ class Part(NamedTuple):
     lengths: Tensor | None  # (B,) int64 real tokens; None where all are
 
 
-def segments(rows: list[np.ndarray], segment_len: int, device: torch.device) -> Iterator[Part]:
-    """Texts, (N,) integers each, of any lengths, segment by segment."""
-    for start in range(0, max(len(row) for row in rows), segment_len):
-        cut = [row[start : start + segment_len] for row in rows]
-        lengths = [len(part) for part in cut]
+def segments(rows: Sequence[Iterator[np.ndarray]], device: torch.device) -> Iterator[Part]:
+    """Texts of any lengths, given in blocks of a segment, segment by segment. A row that has ended has length 0."""
+    start = 0
+    while True:
+        cut = [next(row, None) for row in rows]
+        lengths = [0 if part is None else len(part) for part in cut]
+        if not any(lengths):
+            return
         tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)
         for row, part in zip(tokens, cut, strict=True):
-            row[: len(part)] = part
+            if part is not None:
+                row[: len(part)] = part
         ragged = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
         yield Part(start, torch.from_numpy(tokens).to(device), ragged)
+        start += tokens.shape[1]  # all but the last are whole segments
 
 
 def device_of(model: RecurrentModel) -> torch.device:

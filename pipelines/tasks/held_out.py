@@ -100,14 +100,3 @@ def _open_store(uri: str, tokenizer: Tokenizer) -> HeldOut:
     if not held_out.num_tokens:
         raise InputError(f"--data {uri}: the store holds no documents")
     return held_out
-
-
-def opening(held_out: HeldOut, num_tokens: int) -> np.ndarray:
-    """The first `num_tokens` tokens of the documents, one after another; fewer where there are no more."""
-    parts, missing = [], num_tokens
-    for document, num in enumerate(held_out.num_tokens):
-        parts.append(held_out.read(document, 0, min(num, missing)))
-        missing -= len(parts[-1])
-        if not missing:
-            break
-    return np.concatenate(parts)

@@ -1,27 +1,31 @@
-"""Tasks that end in a question with one right answer: how often the model gives it.
+"""Tasks that ask: how often the model gives the right answers.
 
-The text is read segment by segment with a state of fixed size. The answer counts when each of its tokens is the
-likeliest of the whole vocabulary at its place after the true text before it; greedy decoding then writes just this
-answer, and not otherwise.
+The text is made while it is read, segment by segment, with a state of fixed size. An answer counts when each of its
+tokens is the likeliest of the whole vocabulary at its place after the true text before it; greedy decoding then writes
+just this answer, and not otherwise. Of a sample with several answers the share that is right counts. Where a sample
+has scorers, the model also writes freely, and the scorers mark what it wrote.
 
-Axes: B rows, N tokens of a text, a tokens of an answer, T tokens of a segment, D width, V vocabulary.
+Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer
+from pipelines.tasks import texts
 from pipelines.tasks.base import (
     TRUE,
     Figure,
     Material,
+    Part,
     batch_sizes,
     check_length,
     device_of,
@@ -30,40 +34,13 @@ from pipelines.tasks.base import (
     memories_for,
     segments,
 )
-from pipelines.tasks.held_out import HeldOut, opening
-from pipelines.tasks.recall import Background, noise, prose
+from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
 from rmt_core import RecurrentModel
-
-PROSE_TOKENS = 4 * 1024**2  # of held-out text that excerpts are taken from
+from rmt_core.state import State
 
 _NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
-
-class Sample(Protocol):
-    """A text that ends in a question, and its answer."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...  # (N,) int32, the question at its end
-
-    @property
-    def answer(self) -> np.ndarray: ...  # (a,) int32
-
-    @property
-    def num_choices(self) -> int: ...  # chance is 1 / num_choices
-
-
-class Samples(Protocol):
-    """Draws `num` texts of `length` tokens; the facts that are asked for begin before token `latest`."""
-
-    def __call__(
-        self, tokenizer: Tokenizer, background: Background, *, length: int, num: int, seed: int, latest: int | None
-    ) -> Iterator[Sample]: ...
-
-
-class Tokens(Protocol):
-    """A number of tokens that depends on the tokenizer."""
-
-    def __call__(self, tokenizer: Tokenizer) -> int: ...
+ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
 
 
 class Interval(NamedTuple):
@@ -71,99 +48,188 @@ class Interval(NamedTuple):
     high: float
 
 
+class Marks(NamedTuple):
+    """What each memory got for the samples of a batch."""
+
+    right: dict[str, list[np.ndarray]]  # memory -> for each sample which answers are right, (num answers,) bool
+    scores: dict[str, list[dict[str, float]]]  # memory -> for each sample mark by metric
+
+
 class QuestionTask:
-    """Accuracy of the answers. Text, question and answer together have `length` tokens.
+    """Accuracy of the answers to texts of `length` tokens, answers included."""
 
-    `shortest_text` holds all facts and the question; `longest_answer` is the most tokens that an answer has. Where
-    the length has room for it, facts end before the segment in which the answer begins: only memory brings them there.
-    """
-
-    settings = frozenset({"held_out", "background", "num_samples", "seed"})
-
-    def __init__(self, name: str, samples: Samples, shortest_text: Tokens, longest_answer: Tokens) -> None:
+    def __init__(self, name: str, make: Maker, *, has_background: bool = True, has_depths: bool = False) -> None:
         self.name = name
-        self.samples = samples
-        self.shortest_text = shortest_text
-        self.longest_answer = longest_answer
+        self.make = make
+        self.has_background = has_background
+        reads = {"held_out", "background"} if has_background else set()
+        self.settings = frozenset({"num_samples", "seed", *reads, *({"depths"} if has_depths else ())})
+        self._has_depths = has_depths
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         check_length(self.name, length, segment_len)
-        need = self.shortest_text(material.tokenizer) + self.longest_answer(material.tokenizer)
-        if length < need:
-            raise InputError(f"{self.name} at length {length}: fact, question and answer need at least {need} tokens")
+        need = 0
+        for index in range(material.num_samples):
+            try:
+                self._sample(index, length, segment_len, material)
+            except TooShortError as error:
+                need = max(need, error.need)
+        if need:
+            raise InputError(
+                f"{self.name} at length {length}: facts, questions and answers need at least {need} tokens"
+            )
 
     def measure(self, model: RecurrentModel, length: int, material: Material) -> list[Figure]:
-        tokenizer, num = material.tokenizer, material.num_samples
-        text_len = length - self.longest_answer(tokenizer)
-        answering = (text_len - 1) // model.segment_len * model.segment_len  # where the answer's segment begins
-        latest = answering - self.shortest_text(tokenizer) + 1
-        needs_memory = latest > 0
-        drawn = self.samples(
-            tokenizer,
-            _background(material.background, tokenizer, material.held_out),
-            length=text_len,
-            num=num,
-            seed=material.seed,
-            latest=latest if needs_memory else None,
-        )
-        memories = memories_for(num)
-        num_right = dict.fromkeys(memories, 0)
-        chance = 0.0
-        for size in batch_sizes(num, material.batch_size):
-            batch = list(itertools.islice(drawn, size))
-            for memory, right in batch_answers(model, batch, memories).items():
-                num_right[memory] += int(right.sum())
-            chance += sum(1 / sample.num_choices for sample in batch) / num
-        return [_figure(memory, num_right[memory], num, chance, needs_memory) for memory in memories]
+        def draw(index: int) -> Sample:
+            return self._sample(index, length, model.segment_len, material)
+
+        return measured(model, material.num_samples, draw, material)
+
+    def _sample(self, index: int, length: int, segment_len: int, material: Material) -> Sample:
+        """The same one for the same seed; what it draws takes no time to speak of, the text is made when it is read."""
+        depths = material.depths if self._has_depths else ()
+        wanted = Wanted(length, segment_len, depths[index % len(depths)] if depths else None)
+        scene = Scene(material.tokenizer, _background(material))
+        return self.make(scene, wanted, np.random.default_rng((material.seed, index)))
 
 
-def _figure(memory: str, num_right: int, num: int, chance: float, needs_memory: bool) -> Figure:
-    low, high = wilson_interval(num_right, num)
+def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], material: Material) -> list[Figure]:
+    """The figures of samples 0 to num - 1, of which no more than a batch is there at once."""
+    memories = memories_for(num)
+    samples: list[Sample] = []
+    marks = Marks({memory: [] for memory in memories}, {memory: [] for memory in memories})
+    for size in batch_sizes(num, material.batch_size):
+        batch = [draw(len(samples) + i) for i in range(size)]
+        found = batch_marks(model, batch, memories, material.tokenizer)
+        for memory in memories:
+            marks.right[memory].extend(found.right[memory])
+            marks.scores[memory].extend(found.scores[memory])
+        samples.extend(replace(sample, stream=_nothing) for sample in batch)
+    return figures(samples, marks)
+
+
+def _nothing() -> Iterator[np.ndarray]:
+    """The text of a sample that has been read."""
+    return iter(())
+
+
+def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
+    """Accuracy by memory; by depth, for whole samples, by scorer and of the oracle where there are such."""
+    chance = float(np.mean([np.mean([1 / answer.num_choices for answer in sample.answers]) for sample in samples]))
+    needs_memory = all(sample.needs_memory for sample in samples)
+    depths = sorted({sample.depth for sample in samples if sample.depth is not None})
+    found = []
+
+    def add(
+        metric: str, memory: str, values: Sequence[float], chance: float | None, depth: float | None = None
+    ) -> None:
+        found.append(_figure(metric, memory, values, chance, needs_memory)._replace(depth=depth))
+
+    for memory, right in marks.right.items():
+        add(ACCURACY, memory, [float(one.mean()) for one in right], chance)
+    if any(len(sample.answers) > 1 for sample in samples):
+        for memory, right in marks.right.items():
+            add(EXACT, memory, [float(one.all()) for one in right], None)
+    for metric in dict.fromkeys(scorer.metric for sample in samples for scorer in sample.scorers):
+        for memory, scores in marks.scores.items():
+            add(metric, memory, [one[metric] for one in scores if metric in one], None)
+    for depth in depths if len(depths) > 1 else []:
+        for memory, right in marks.right.items():
+            values = [float(one.mean()) for one, sample in zip(right, samples, strict=True) if sample.depth == depth]
+            add(AT_DEPTH, memory, values, chance, depth)
+    oracles = [sample.oracle for sample in samples if sample.oracle is not None]
+    if oracles:
+        found.append(_figure(ORACLE, None, oracles, None, None))
+    return found
+
+
+def _figure(
+    metric: str, memory: str | None, values: Sequence[float], chance: float | None, needs_memory: bool | None
+) -> Figure:
+    low, high = wilson_interval(sum(values), len(values))
+    mean = sum(values) / len(values)
     return Figure(
-        "accuracy",
-        num_right / num,
-        memory,
-        num_samples=num,
-        low=low,
-        high=high,
-        chance=chance,
-        needs_memory=needs_memory,
+        metric, mean, memory, num_samples=len(values), low=low, high=high, chance=chance, needs_memory=needs_memory
     )
 
 
 @torch.inference_mode()
-def batch_answers(model: RecurrentModel, samples: Sequence[Sample], memories: Sequence[str]) -> dict[str, np.ndarray]:
-    """For each memory which samples are answered rightly, (B,) bool.
+def batch_marks(
+    model: RecurrentModel, samples: Sequence[Sample], memories: Sequence[str], tokenizer: Tokenizer
+) -> Marks:
+    """Marks of a batch, each text read once.
 
     The ablations give a segment another state but never change what is carried, so they are run only over
     segments in which a token of an answer is predicted.
     """
     device = device_of(model)
-    rows = [np.concatenate([sample.tokens, sample.answer[:-1]]) for sample in samples]
     asked = _asked(samples)
-    right = {memory: np.ones(len(samples), dtype=bool) for memory in memories}
+    marks = Marks(
+        {memory: [np.ones(len(sample.answers), dtype=bool) for sample in samples] for memory in memories},
+        {memory: [{} for _ in samples] for memory in memories},
+    )
     state = model.init_state(len(samples))
-    for part in segments(rows, model.segment_len, device):
-        end = part.start + part.tokens.shape[1]
-        here = asked[(part.start <= asked[:, 1]) & (asked[:, 1] < end)]  # (asked here, 3)
+    rows = [texts.in_blocks(_all_but_the_last(sample), model.segment_len) for sample in samples]
+    for part in segments(rows, device):
+        first, last = np.searchsorted(asked[:, 1], (part.start, part.start + part.tokens.shape[1]))
+        here = asked[first:last]
         carried = state
         for memory in memories if len(here) else (TRUE,):
-            out, new = model.step(part.tokens, given(memory, carried), part.lengths)
+            before = given(memory, carried)
+            out, new = model.step(part.tokens, before, part.lengths)
             state = new if memory == TRUE else state
             if len(here):
                 wrong = here[_chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start) != here[:, 2]]
-                right[memory][wrong[:, 0]] = False
-    return right
+                for row, answer in wrong[:, [0, 3]].tolist():
+                    marks.right[memory][row][answer] = False
+                _score(model, samples, part, before, tokenizer, marks.scores[memory])
+    return marks
+
+
+def _all_but_the_last(sample: Sample) -> Iterator[np.ndarray]:
+    """The text without its last token, behind which nothing is asked."""
+    left = sample.num_tokens - 1
+    for block in sample.stream():
+        if left:
+            yield block[:left]
+        left -= min(left, len(block))
 
 
 def _asked(samples: Sequence[Sample]) -> np.ndarray:
-    """Every token of every answer: (row, the place that predicts it, the token), (all answers' tokens, 3) int64."""
+    """Tokens of all answers by place: (row, the place that predicts it, the token, the answer), (n, 4) int64."""
     found = [
-        (row, len(sample.tokens) - 1 + i, int(token))
+        (row, answer.at - 1 + i, int(token), number)
         for row, sample in enumerate(samples)
-        for i, token in enumerate(sample.answer)
+        for number, answer in enumerate(sample.answers)
+        for i, token in enumerate(answer.tokens)
     ]
-    return np.array(found, dtype=np.int64)
+    return np.array(sorted(found, key=lambda one: one[1]), dtype=np.int64)
+
+
+def _score(
+    model: RecurrentModel,
+    samples: Sequence[Sample],
+    part: Part,
+    before: State,
+    tokenizer: Tokenizer,
+    scores: list[dict[str, float]],
+) -> None:
+    """Let those rows write whose last answer begins behind a token of this segment, and mark what they wrote."""
+    places = [sample.answers[-1].at - part.start for sample in samples]
+    rows = [
+        row
+        for row, (sample, at) in enumerate(zip(samples, places, strict=True))
+        if sample.scorers and 0 < at <= part.tokens.shape[1]
+    ]
+    if not rows:
+        return
+    session = rmt_core.open_session(model, len(rows))._replace(state=rmt_core.state.select(before, rows))
+    most = max(samples[row].max_new_tokens for row in rows)
+    prompts = [part.tokens[row, : places[row]].tolist() for row in rows]
+    written = rmt_core.generate(model, prompts, most, session=session).tokens
+    for row, tokens in zip(rows, written, strict=True):
+        text = tokenizer.decode(tokens[: samples[row].max_new_tokens])
+        scores[row] = {scorer.metric: scorer.mark(text) for scorer in samples[row].scorers}
 
 
 def _chosen(model: RecurrentModel, hidden: Tensor, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -173,12 +239,18 @@ def _chosen(model: RecurrentModel, hidden: Tensor, rows: np.ndarray, places: np.
     return torch.cat([logits.argmax(-1) for _, logits in logits_in_pieces(model, at)]).cpu().numpy()
 
 
-def _background(kind: str, tokenizer: Tokenizer, held_out: HeldOut) -> Background:
-    return noise(tokenizer) if kind == "noise" else prose(opening(held_out, PROSE_TOKENS))
+def _background(material: Material) -> texts.Background:
+    if material.background == "noise":
+        return texts.noise(material.tokenizer)
+    return texts.prose(material.held_out)
 
 
-def wilson_interval(num_right: int, num: int) -> Interval:
-    """The 95 % score interval of a proportion (Wilson 1927): sound at 0, at 1 and for few samples, unlike p +- 2 s."""
+def wilson_interval(num_right: float, num: int) -> Interval:
+    """The 95 % score interval of a proportion (Wilson 1927): sound at 0, at 1 and for few samples, unlike p +- 2 s.
+
+    `num_right` may hold fractions of samples: a mark in [0, 1] with mean p varies by at most p (1 - p), so that the
+    interval is then too wide, if anything.
+    """
     p, z2 = num_right / num, _NORMAL_95**2
     middle = (p + z2 / (2 * num)) / (1 + z2 / num)
     half = _NORMAL_95 / (1 + z2 / num) * math.sqrt(p * (1 - p) / num + z2 / (4 * num**2))

@@ -1,31 +1,28 @@
-"""Recall: one fact somewhere in a long text, asked for at its end.
+"""Recall: one fact in a long text, asked for at its end.
 
 The text is prose from a book, or noise for tiny models. The fact is a sentence of its own, `The secret key is K.`, with
 one of 16 letters; the text ends with the sentence's beginning, and what must follow is the letter. A model that forgot
-can do no better than guess among the letters. The scheme is the "memorise" and "detect and memorise" tasks of
-Bulatov et al. 2023 (arXiv:2304.11062, section 4) put into real text, as in BABILong (arXiv:2406.10149).
+can do no better than guess among the letters. The scheme is the "memorise" (fact first) and "detect and memorise" (fact
+anywhere) tasks of Bulatov et al. 2023 (arXiv:2304.11062, section 4) put into real text, as in BABILong
+(arXiv:2406.10149).
 
 Axes: n tokens of a text, a tokens of an answer.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+
+from pipelines.tasks.samples import Answer, Sample, Scene, TooShortError, Wanted, segment_start
+from pipelines.tasks.texts import NOISE, Encodes, Insert, Stream, joined
 
 LETTERS = "ABCDEFGHIJKLMNOP"
 FACT = "\nThe secret key is {}.\n"
 QUESTION = "\nThe secret key is"
 ANSWER = " {}"
-NOISE = "abcdefghijklmnopqrstuvwxyz "
 
 Background = Callable[[int, np.random.Generator], np.ndarray]  # (num tokens, generator) -> (num tokens,) int32
-
-
-class Encodes(Protocol):
-    """The part of a tokenizer that a task needs."""
-
-    def encode(self, text: str) -> np.ndarray: ...
 
 
 class RecallSample(NamedTuple):
@@ -35,18 +32,6 @@ class RecallSample(NamedTuple):
     answer: np.ndarray  # (a,) int32: what must follow
     num_choices: int  # chance is 1 / num_choices
     fact_at: int  # the token at which the fact begins
-
-
-def prose(tokens: np.ndarray) -> Background:
-    """Excerpts of a text (N,), at random places; texts longer than it start over at its beginning."""
-    if not len(tokens):
-        raise ValueError("prose needs a text of at least one token")
-
-    def draw(num: int, generator: np.random.Generator) -> np.ndarray:
-        start = int(generator.integers(len(tokens)))
-        return tokens[(start + np.arange(num)) % len(tokens)].astype(np.int32)
-
-    return draw
 
 
 def noise(tokenizer: Encodes) -> Background:
@@ -72,23 +57,58 @@ def longest_answer(tokenizer: Encodes) -> int:
 def samples(
     tokenizer: Encodes, background: Background, *, length: int, num: int, seed: int, latest: int | None = None
 ) -> Iterator[RecallSample]:
-    """`num` texts of `length` tokens each, question included, the same ones for the same seed.
+    """`num` whole texts of `length` tokens each, question included, the same ones for the same seed.
 
     The fact stands at a uniformly random place before the question, whose beginning it leaves free; with `latest` it
     begins before token `latest`. Raises ValueError where `length` cannot hold fact and question.
     """
-    facts = [tokenizer.encode(FACT.format(letter)) for letter in LETTERS]
-    answers = [tokenizer.encode(ANSWER.format(letter)) for letter in LETTERS]
-    question = tokenizer.encode(QUESTION)
     need = shortest_text(tokenizer)
     if length < need:
         raise ValueError(f"recall needs texts of at least {need} tokens for fact and question; length is {length}")
     for index in range(num):
         generator = np.random.default_rng((seed, index))
-        letter = int(generator.integers(len(LETTERS)))
-        fact = facts[letter]
-        text = background(length - len(question) - len(fact), generator)
-        end = len(text) + 1 if latest is None else min(len(text) + 1, max(latest, 1))
-        at = int(generator.integers(end))
+        letter, fact, question = _drawn(tokenizer, generator)
+        num_text = length - len(question) - len(fact)
+        text = background(num_text, generator)
+        at = int(generator.integers(_num_places(num_text, latest)))
         tokens = np.concatenate([text[:at], fact, text[at:], question]).astype(np.int32)
-        yield RecallSample(tokens, answers[letter], len(LETTERS), at)
+        yield RecallSample(tokens, tokenizer.encode(ANSWER.format(letter)), len(LETTERS), at)
+
+
+def detect(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """The fact anywhere, or at the wanted depth."""
+    longest = longest_answer(scene.tokenizer)  # every sample's question ends at the same token
+    length, need = wanted.length - longest, shortest_text(scene.tokenizer)
+    if length < need:
+        raise TooShortError(need + longest)
+    latest = segment_start(length, wanted.segment_len) - need + 1
+    letter, fact, question = _drawn(scene.tokenizer, generator)
+    num_text = length - len(question) - len(fact)
+    stream: Stream = scene.background(num_text, generator)
+    num_places = _num_places(num_text, latest if latest > 0 else None)
+    at = int(generator.integers(num_places)) if wanted.depth is None else round(wanted.depth * (num_places - 1))
+    answer = scene.encode(ANSWER.format(letter))
+    tail = np.concatenate([question, answer]).astype(np.int32)
+    return Sample(
+        joined(stream, [Insert(at, fact.astype(np.int32))], tail),
+        length + len(answer),
+        (Answer(length, answer, len(LETTERS)),),
+        latest > 0,
+        wanted.depth,
+    )
+
+
+def memorise(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """The fact first."""
+    return detect(scene, wanted._replace(depth=0.0), generator)
+
+
+def _drawn(tokenizer: Encodes, generator: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray]:
+    """A letter, the fact and the question."""
+    letter = LETTERS[int(generator.integers(len(LETTERS)))]
+    return letter, tokenizer.encode(FACT.format(letter)), tokenizer.encode(QUESTION)
+
+
+def _num_places(num_text: int, latest: int | None) -> int:
+    """How many places a fact can take in so many tokens of text, beginning before token `latest`."""
+    return num_text + 1 if latest is None else min(num_text + 1, max(latest, 1))

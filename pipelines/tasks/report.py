@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from pipelines.tasks.base import MEMORIES
+from pipelines.tasks.base import MEMORIES, TRUE
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, wilson_interval
 
 Line = Mapping[str, Any]
 
@@ -29,6 +31,7 @@ _STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour
     "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
 _MAX_POINTS = 128  # of a curve; more segments are averaged
+_COLUMNS = 4  # of panels
 
 
 class Subject(NamedTuple):
@@ -40,7 +43,7 @@ class Subject(NamedTuple):
     segment_len: int
     state_floats: int
     held_out: str  # in words
-    seed: int
+    seed: str  # in words: one or more
 
 
 def short_length(length: int) -> str:
@@ -51,11 +54,33 @@ def short_length(length: int) -> str:
     return str(length)
 
 
+def pooled(lines: Sequence[Line]) -> list[Line]:
+    """Lines that differ in nothing but their seed as one, over the samples of all of them."""
+    groups: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        key = tuple(line.get(name) for name in ("task", "length", "metric", "memory", "segment", "depth"))
+        groups.setdefault(key, []).append(line)
+    return [_pool(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _pool(lines: Sequence[Line]) -> Line:
+    """Of fractions of samples, each with an interval."""
+    num = sum(line["num_samples"] for line in lines)
+    num_right = sum(line["value"] * line["num_samples"] for line in lines)
+    low, high = wilson_interval(num_right, num)
+    chances = [line["chance"] for line in lines if "chance" in line]
+    about = {"chance": sum(chances) / len(chances)} if chances else {}
+    if any(line.get("needs_memory") is False for line in lines):
+        about["needs_memory"] = False
+    return {**lines[0], **about, "value": num_right / num, "num_samples": num, "low": low, "high": high}
+
+
 # --- Markdown ---------------------------------------------------------------------------------------
 
 
 def markdown(subject: Subject, lines: Sequence[Line]) -> str:
-    """The whole report."""
+    """The whole report; figures of several seeds are pooled."""
+    lines = pooled(lines)
     parts = [
         f"# Evaluation of {subject.name}",
         f"Model `{subject.fingerprint[:16]}`: memory {subject.memory}; segments of {subject.segment_len:,} tokens; "
@@ -69,7 +94,8 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
         for metric in _distinct(mine, "metric"):
             chosen = [line for line in mine if line["metric"] == metric]
             curves = any("segment" in line for line in chosen)
-            parts.extend(_curve_tables(metric, chosen) if curves else [_table(metric, chosen)])
+            table = _depth_table if metric == AT_DEPTH else _table
+            parts.extend(_curve_tables(metric, chosen) if curves else [table(metric, chosen)])
         parts.extend(_notes(mine))
     return "\n\n".join(parts) + "\n"
 
@@ -78,14 +104,30 @@ def _table(metric: str, lines: Sequence[Line]) -> str:
     """A row a length, a column a memory; samples and chance where they apply."""
     extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
     rows = []
+    columns: Sequence[str | None] = MEMORIES if any("memory" in line for line in lines) else [None]
     for length in _distinct(lines, "length"):
-        found = {line["memory"]: line for line in lines if line["length"] == length}
+        found = {line.get("memory"): line for line in lines if line["length"] == length}
         first = next(iter(found.values()))
         mark = "*" if first.get("needs_memory") is False else ""
         beside = [_number(first.get(name)) for name in extra]
-        rows.append([f"{length:,}{mark}", *beside, *(_cell(found.get(memory)) for memory in MEMORIES)])
-    heads = ["tokens", *("samples" if name == "num_samples" else name for name in extra), *MEMORIES]
+        rows.append([f"{length:,}{mark}", *beside, *(_cell(found.get(memory)) for memory in columns)])
+    heads = [
+        "tokens",
+        *("samples" if name == "num_samples" else name for name in extra),
+        *(memory or "value" for memory in columns),
+    ]
     return _titled(metric, heads, rows)
+
+
+def _depth_table(metric: str, lines: Sequence[Line]) -> str:
+    """A row a length, a column a depth, of the true memory."""
+    depths = sorted(_distinct(lines, "depth"))
+    mine = {(line["length"], line["depth"]): line for line in lines if line["memory"] == TRUE}
+    rows = [
+        [f"{length:,}", *(_cell(mine.get((length, depth))) for depth in depths)]
+        for length in _distinct(lines, "length")
+    ]
+    return _titled(f"{metric}, true memory", ["tokens", *(f"depth {depth:g}" for depth in depths)], rows)
 
 
 def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
@@ -114,14 +156,17 @@ def _notes(lines: Sequence[Line]) -> list[str]:
     notes = []
     if any("low" in line for line in lines):
         notes.append("In brackets: the 95 % Wilson interval.")
-    if any("chance" in line and line["memory"] == "shuffled" for line in lines):
+    if any("chance" in line and line.get("memory") == "shuffled" for line in lines):
         notes.append(
             "A shuffled memory knows another sample's answer, which by chance is the right one too: a model that "
             "uses its memory comes out near chance here."
         )
     if any(line.get("needs_memory") is False for line in lines):
         notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
-    measured = [{line["memory"] for line in lines if line["length"] == length} for length in _distinct(lines, "length")]
+    if any(line["metric"] == ORACLE for line in lines):
+        notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
+    told = [line for line in lines if "memory" in line]
+    measured = [{line["memory"] for line in told if line["length"] == length} for length in _distinct(lines, "length")]
     if any(memories != set(MEMORIES) for memories in measured):
         notes.append("A dash: a single row has no neighbour to be shuffled with.")
     return notes
@@ -160,17 +205,24 @@ def _mean(points: Sequence[tuple[float, int]]) -> float:
 
 
 def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
-    """A PNG: loss by segment index at the longest length that was measured, and the accuracy of each task by length."""
+    """A PNG: loss by segment index at the longest length, each task's accuracy by length, and by length and depth."""
+    lines = pooled(lines)
     curves = [line for line in lines if line["metric"] == "loss_by_segment"]
-    questions = _distinct([line for line in lines if line["metric"] == "accuracy"], "task")
-    num_panels = bool(curves) + len(questions)
-    drawing = Drawing(figsize=(6.4 * num_panels, 5.0), dpi=120, layout="constrained")
+    answers = _by_task(lines, ACCURACY)
+    depths = _by_task(lines, AT_DEPTH)
+    num_panels = bool(curves) + len(answers) + len(depths)
+    columns, rows = min(num_panels, _COLUMNS), -(-num_panels // _COLUMNS)
+    drawing = Drawing(figsize=(6.4 * columns, 5.0 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
-    panels = list(drawing.subplots(1, num_panels, squeeze=False)[0])
+    panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
     if curves:
         _plot_curves(panels.pop(0), curves, subject)
-    for panel, task in zip(panels, questions, strict=True):
-        _plot_accuracy(panel, task, [line for line in lines if line["task"] == task and line["metric"] == "accuracy"])
+    for task, mine in answers.items():
+        _plot_accuracy(panels.pop(0), task, mine)
+    for task, mine in depths.items():
+        _plot_depths(panels.pop(0), task, mine)
+    for panel in panels:
+        panel.remove()
     drawing.suptitle(
         f"{subject.name}: memory {subject.memory}, state of {subject.state_floats:,} floats, "
         f"segments of {subject.segment_len:,} tokens",
@@ -180,6 +232,29 @@ def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
     out = io.BytesIO()
     drawing.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
+
+
+def _by_task(lines: Sequence[Line], metric: str) -> dict[str, list[Line]]:
+    chosen = [line for line in lines if line["metric"] == metric]
+    return {task: [line for line in chosen if line["task"] == task] for task in _distinct(chosen, "task")}
+
+
+def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
+    """A heat map with the numbers in it; light is right, also in grey."""
+    lengths, depths = sorted(_distinct(lines, "length")), sorted(_distinct(lines, "depth"))
+    table = np.full((len(depths), len(lengths)), np.nan)
+    for line in lines:
+        if line["memory"] == TRUE:
+            table[depths.index(line["depth"]), lengths.index(line["length"])] = line["value"]
+    panel.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for (row, column), value in np.ndenumerate(table):
+        ink = "black" if value > 0.5 else "white"
+        panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    panel.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
+    panel.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    panel.set_xlabel("text length (tokens)")
+    panel.set_ylabel("depth of the facts (0: earliest, 1: latest)")
+    panel.set_title(f"{task}: accuracy, true memory, {lines[0]['num_samples']} samples a cell", fontsize=10)
 
 
 def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:

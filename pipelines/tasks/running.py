@@ -1,6 +1,6 @@
 """Running one task at one length, wherever it is sent: the model is loaded where it is used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safetensors import SafetensorError
 
@@ -21,12 +21,13 @@ class Run:
     length: int  # tokens
     model: str  # URI of its directory
     device: str
+    seed: int  # of what is drawn
 
 
 def measure(run: Run, material: Material) -> list[Figure]:
     """The figures of a run."""
     model, _ = load(run.model, run.device)
-    return TASKS[run.task].measure(model, run.length, material)
+    return TASKS[run.task].measure(model, run.length, replace(material, seed=run.seed))
 
 
 def load(uri: str, device: str = "cpu") -> tuple[RecurrentModel, Tokenizer]:

@@ -19,12 +19,14 @@ from pipelines.data import store
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import MEMORIES, Figure, Material
-from pipelines.tasks.held_out import BOOK, StoreHeldOut, open_held_out
+from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
+from pipelines.tasks.questions import wilson_interval
 from pipelines.tasks.report import Subject
 from pipelines.tasks.running import Run, load
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
+HERE = Material(BYTES, TextHeldOut("letters", "f", np.arange(97, 123)))
 PROSE = BOOK.read_text()[5000:7000]
 
 
@@ -63,6 +65,10 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "prose.txt"
     file.write_text(PROSE)
     return file
+
+
+def keep_nothing(run: Run, figures: list[Figure]) -> None:
+    """What is measured is looked at and not written."""
 
 
 def lines_of(output: Path) -> list[dict[str, Any]]:
@@ -128,6 +134,38 @@ def test_an_interrupted_run_is_done_again(
     assert not (tmp_path / "config.partial.json").exists()
 
 
+def test_finished_runs_are_kept_and_only_the_rest_is_measured(
+    local_ray: None, run: Callable[..., Command], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--task", "recall,sorting", "--background", "noise", "--lengths", "96,128", "--num-samples", 3]
+    words += ["--seed", 4, "--seeds", 2, "--model", model]
+    wanted = run(*words, "--output", tmp_path / "whole").result["metrics"]
+    measure, asked = evaluate._measure, []
+
+    def broken(runs: list[Run], material: Material, keep: Callable[..., None]) -> dict[Run, list[Figure]]:
+        measure(runs[:3], material, keep)
+        raise KeyboardInterrupt
+
+    def watched(runs: list[Run], material: Material, keep: Callable[..., None]) -> dict[Run, list[Figure]]:
+        asked.extend(runs)
+        return measure(runs, material, keep)
+
+    output = tmp_path / "broken"
+    monkeypatch.setattr(evaluate, "_measure", broken)
+    assert run(*words, "--output", output).code == 130
+    assert len([name for name in storage.list_names(str(output)) if name.startswith("run-")]) == 3
+    other = run(*words, "--batch-size", 2, "--output", output)
+    assert other.code == 2
+    assert "unfinished evaluation made otherwise" in other.err[-1]
+    monkeypatch.setattr(evaluate, "_measure", watched)
+    assert run(*words, "--output", output).result["metrics"] == wanted
+    assert len(asked) == 5
+    assert {(line["task"], line["length"], line["seed"]) for line in wanted} == {
+        (task, length, seed) for task in ("recall", "sorting") for length in (96, 128) for seed in (4, 5)
+    }
+    assert storage.list_names(str(output)) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
+
+
 @pytest.mark.s3
 def test_models_are_read_from_s3_and_results_written_there(
     local_ray: None, s3_bucket: str, run: Callable[..., Command], model: Path, prose: Path
@@ -162,6 +200,11 @@ def test_models_are_read_from_s3_and_results_written_there(
         ("--device tpu", ["--device", "tpu", "cpu"]),
         ("--task perplexity --num-samples 3", ["--num-samples", "not read by perplexity"]),
         ("--task recall --background noise", ["--data", "not read by recall"]),
+        ("--task perplexity --seeds 2", ["--seeds", "not read by perplexity"]),
+        ("--task sorting --depths 0.5", ["--depths", "not read by sorting"]),
+        ("--task recall --depths 0.5,1.5", ["1.5", "from 0 (earliest) to 1"]),
+        ("--task recall --depths 0,1 --num-samples 1", ["2 depths for 1 samples"]),
+        ("--task qa3 --lengths 100", ["qa3 at length 100", "need at least"]),
         ("--data {root}/nothing.txt", ["nothing.txt", "no such file"]),
         ("--data {root}/empty.txt", ["empty.txt", "empty"]),
         ("--data {root}/latin1.txt", ["latin1.txt", "not UTF-8", "byte 3"]),
@@ -213,13 +256,13 @@ def test_a_gpu_that_is_not_there_is_refused(local_ray: None, model: Path) -> Non
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(InputError, match="no GPU"):
-        evaluate._measure([Run("recall", 64, str(model), "cuda")], Material(BYTES, open_held_out(None, BYTES)))
+        evaluate._measure([Run("recall", 64, str(model), "cuda", 0)], HERE, keep_nothing)
 
 
 def test_a_fault_of_the_input_seen_by_a_worker_is_reported_as_such(local_ray: None, tmp_path: Path) -> None:
-    run = Run("recall", 64, str(tmp_path / "gone"), "cpu")
+    run = Run("recall", 64, str(tmp_path / "gone"), "cpu", 0)
     with pytest.raises(InputError, match="gone: there is no such directory") as error:
-        evaluate._measure([run], Material(BYTES, open_held_out(None, BYTES)))
+        evaluate._measure([run], HERE, keep_nothing)
     assert "\n" not in str(error.value)
 
 
@@ -275,11 +318,11 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path: Path, monkeypatch: py
 
 # --- the report -------------------------------------------------------------------------------------
 
-SUBJECT = Subject("tiny", "f" * 64, "rmt (num_tokens 8)", 64, 512, "a book", 0)
+SUBJECT = Subject("tiny", "f" * 64, "rmt (num_tokens 8)", 64, 512, "a book", "0")
 
 
 def line(task: str, length: int, figure: Figure) -> dict[str, Any]:
-    return evaluate._line(Run(task, length, "m", "cpu"), figure, SUBJECT)
+    return evaluate._line(Run(task, length, "m", "cpu", 0), figure, SUBJECT)
 
 
 def accuracy(length: int, memory: str, value: float, **more: Any) -> dict[str, Any]:
@@ -331,3 +374,36 @@ def test_the_plot_has_a_panel_for_each_thing_measured(kinds: str) -> None:
     lines = {"curves": curves, "answers": answers, "both": curves + answers}[kinds]
     image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * (2 if kinds == "both" else 1))
+
+
+def test_seeds_are_pooled_with_the_interval_of_all_their_samples() -> None:
+    lines = [
+        {**accuracy(64, memory, value), "seed": seed} for memory in MEMORIES for seed, value in ((0, 0.2), (1, 0.7))
+    ]
+    written = report.markdown(SUBJECT, lines)
+    low, high = wilson_interval(9, 20)
+    cell = f"0.4500 [{low:.4f}, {high:.4f}]"
+    assert f"| 64 | 20 | 0.0625 | {cell} | {cell} | {cell} |" in written
+
+
+def test_depths_have_a_table_and_a_heat_map() -> None:
+    lines = [accuracy(length, memory, 0.5) for length in (64, 128) for memory in MEMORIES]
+    for length in (64, 128):
+        for depth in (0.0, 0.5, 1.0):
+            figure = Figure("accuracy_at_depth", depth, "true", depth=depth, num_samples=4, low=0, high=1)
+            lines.append(line("recall", length, figure))
+    written = report.markdown(SUBJECT, lines)
+    assert "| tokens | depth 0 | depth 0.5 | depth 1 |" in written
+    assert "| 128 | 0.0000 [0, 1] | 0.5000 [0, 1] | 1.0000 [0, 1] |" in written
+    image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
+    assert image.shape[:2] == (600, 768 * 2)
+
+
+def test_an_oracle_stands_beside_the_memories() -> None:
+    lines = [line("sorting", 64, Figure("accuracy", 0.5, memory, num_samples=4, low=0, high=1, chance=0.05))
+             for memory in MEMORIES]  # fmt: skip
+    lines.append(line("sorting", 64, Figure("oracle", 0.375, num_samples=4, low=0.25, high=0.5)))
+    written = report.markdown(SUBJECT, lines)
+    assert "| 64 | 4 | 0.3750 [0.2500, 0.5000] |" in written
+    assert "last quarter" in written
+    report.plot(SUBJECT, lines)

@@ -3,9 +3,11 @@
 Axes: B rows, N tokens of a text, T tokens of a segment, V vocabulary.
 """
 
+import dataclasses
 import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,12 +16,12 @@ import torch
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, base, recall
+from pipelines.tasks import TASKS, base, texts
 from pipelines.tasks.base import MEMORIES, Figure, Material, batch_sizes
-from pipelines.tasks.held_out import TextHeldOut, opening
+from pipelines.tasks.held_out import TextHeldOut
 from pipelines.tasks.perplexity import batch_losses
-from pipelines.tasks.questions import batch_answers, wilson_interval
-from pipelines.tasks.recall import RecallSample
+from pipelines.tasks.questions import Marks, batch_marks, wilson_interval
+from pipelines.tasks.samples import Answer, Sample, Scorer
 from rmt_core import RecurrentModel
 from tests.rmt_core.tiny import MEMORIES as TINY_MEMORIES
 from tests.rmt_core.tiny import VOCAB, tiny_model
@@ -160,58 +162,111 @@ def test_lengths_that_cannot_be_measured_are_refused(
 # --- questions --------------------------------------------------------------------------------------
 
 
-def samples(num: int, lengths: list[int], answer_len: int = 3, seed: int = 5) -> list[RecallSample]:
+class Question(NamedTuple):
+    """A text and the answer behind it."""
+
+    tokens: np.ndarray
+    answer: np.ndarray
+
+    def sample(self) -> Sample:
+        both = np.concatenate([self.tokens, self.answer])
+        answer = Answer(len(self.tokens), self.answer, 4)
+        return Sample(lambda: iter([both[:5], both[5:5], both[5:]]), len(both), (answer,))
+
+
+def questions_of(num: int, lengths: list[int], answer_len: int = 3, seed: int = 5) -> list[Question]:
     generator = np.random.default_rng(seed)
     return [
-        RecallSample(generator.integers(VOCAB, size=n), generator.integers(VOCAB, size=answer_len), 4, 0)
+        Question(generator.integers(VOCAB, size=n), generator.integers(VOCAB, size=answer_len))
         for _, n in zip(range(num), itertools.cycle(lengths), strict=False)
     ]
 
 
-def answered_by(model: RecurrentModel, sample: RecallSample) -> RecallSample:
-    """The sample with the answer that greedy decoding writes."""
-    written = rmt_core.generate(model, [sample.tokens.tolist()], len(sample.answer)).tokens[0]
-    return sample._replace(answer=np.array(written))
+def answered_by(model: RecurrentModel, question: Question) -> Question:
+    """The question with the answer that greedy decoding writes."""
+    written = rmt_core.generate(model, [question.tokens.tolist()], len(question.answer)).tokens[0]
+    return question._replace(answer=np.array(written))
+
+
+def batch_answers(model: RecurrentModel, questions: list[Question], memories: Sequence[str]) -> dict[str, list[bool]]:
+    marks = batch_marks(model, [question.sample() for question in questions], memories, BYTES)
+    return {memory: [bool(one.all()) for one in right] for memory, right in marks.right.items()}
 
 
 @pytest.mark.parametrize("memory", ["none", "rmt", "xl+rmt"])
 @pytest.mark.parametrize("length", [10, 11, 12, 13])  # the answer in one segment, or over a segment's end
 def test_an_answer_is_right_when_greedy_decoding_writes_it(memory: str, length: int) -> None:
     model = tiny_model(TINY_MEMORIES[memory], segment_len=6)
-    questions = samples(4, [length])
+    questions = questions_of(4, [length])
     right = [answered_by(model, question) for question in questions]
     spoilt = [
-        sample._replace(answer=np.where(np.arange(3) == i, (sample.answer + 1) % VOCAB, sample.answer))
-        for i, sample in enumerate(right[:3])
+        one._replace(answer=np.where(np.arange(3) == i, (one.answer + 1) % VOCAB, one.answer))
+        for i, one in enumerate(right[:3])
     ]
-    assert batch_answers(model, right, ["true"])["true"].all()
-    assert not batch_answers(model, spoilt, ["true"])["true"].any()
+    assert all(batch_answers(model, right, ["true"])["true"])
+    assert not any(batch_answers(model, spoilt, ["true"])["true"])
 
 
 @pytest.mark.parametrize("lengths", [[13, 13, 13, 14, 15], [7, 25, 18, 12, 31]])  # a row may end before its neighbour
 def test_ablated_answers_equal_a_naive_loop(lengths: list[int]) -> None:
     model = tiny_model(TINY_MEMORIES["rmt"], segment_len=6)
-    questions = samples(5, lengths, answer_len=1)
-    rows = [sample.tokens.tolist() for sample in questions]
+    questions = questions_of(5, lengths, answer_len=1)
+    rows = [question.tokens.tolist() for question in questions]
     likeliest = {
         memory: [logits[-1].argmax().item() for logits in naive_logits(model, rows, memory)] for memory in MEMORIES
     }
     for answers in likeliest.values():
-        asked = [sample._replace(answer=np.array([token])) for sample, token in zip(questions, answers, strict=True)]
+        asked = [one._replace(answer=np.array([token])) for one, token in zip(questions, answers, strict=True)]
         found = batch_answers(model, asked, MEMORIES)
         for memory in MEMORIES:
-            assert found[memory].tolist() == [a == b for a, b in zip(likeliest[memory], answers, strict=True)]
+            assert found[memory] == [a == b for a, b in zip(likeliest[memory], answers, strict=True)]
     assert len({tuple(answers) for answers in likeliest.values()}) == 3
 
 
 def test_answers_in_a_ragged_batch_equal_those_alone() -> None:
     model = tiny_model(TINY_MEMORIES["xl+rmt"], segment_len=6)
-    questions = samples(6, [7, 19, 12, 30], answer_len=2)
-    questions = [answered_by(model, sample) if i % 2 else sample for i, sample in enumerate(questions)]
+    questions = questions_of(6, [7, 19, 12, 30], answer_len=2)
+    questions = [answered_by(model, one) if i % 2 else one for i, one in enumerate(questions)]
     together = batch_answers(model, questions, ["true", "zeroed"])
-    for i, sample in enumerate(questions):
-        alone = batch_answers(model, [sample], ["true", "zeroed"])
+    for i, question in enumerate(questions):
+        alone = batch_answers(model, [question], ["true", "zeroed"])
         assert [together[memory][i] for memory in alone] == [alone[memory][0] for memory in alone]
+
+
+def test_each_of_several_answers_counts_by_itself() -> None:
+    model = tiny_model(TINY_MEMORIES["rmt"], segment_len=6)
+    tokens = np.random.default_rng(3).integers(VOCAB, size=40)
+    [logits] = naive_logits(model, [tokens.tolist()], "true")
+    answers, wanted = [], []
+    for at in (11, 12, 13, 18, 25, 39):  # some rightly: the text itself is changed nowhere
+        tokens[at] = int(logits[at - 1].argmax()) if at in (12, 39) else tokens[at]
+        [logits] = naive_logits(model, [tokens.tolist()], "true")
+        answers.append(Answer(at, tokens[at : at + 1], 4))
+    wanted = [int(logits[answer.at - 1].argmax()) == tokens[answer.at] for answer in answers]
+    marks = batch_marks(model, [Sample(lambda: iter([tokens]), 40, tuple(answers))], ["true"], BYTES)
+    assert marks.right["true"][0].tolist() == wanted
+    assert 0 < sum(wanted) < len(wanted)
+
+
+@pytest.mark.parametrize("lengths", [[12, 12, 12], [7, 25, 18]])
+def test_scorers_get_what_each_memory_writes(lengths: list[int]) -> None:
+    model = byte_model(segment_len=6)
+    questions = questions_of(3, lengths)
+    heard: list[str] = []
+    scorer = Scorer("length", lambda written: heard.append(written) or 0.25)
+    batch = [dataclasses.replace(one.sample(), scorers=(scorer,), max_new_tokens=9) for one in questions]
+    marks = batch_marks(model, batch, MEMORIES, BYTES)
+    assert marks.scores == {memory: [{"length": 0.25}] * 3 for memory in MEMORIES}
+    whole = [BYTES.decode(rmt_core.generate(model, [one.tokens.tolist()], 9).tokens[0]) for one in questions]
+    starts = [(len(one.tokens) - 1) // 6 * 6 for one in questions]
+    alone = rmt_core.open_session(model, 1)
+    alone = alone._replace(state=rmt_core.state.zeroed(alone.state))
+    zeroed = [
+        BYTES.decode(rmt_core.generate(model, [one.tokens[at:].tolist()], 9, session=alone).tokens[0])
+        for one, at in zip(questions, starts, strict=True)
+    ]
+    assert len(heard) == 9
+    assert set(whole) | set(zeroed) <= set(heard)
 
 
 @pytest.mark.parametrize("background", ["prose", "noise"])
@@ -226,23 +281,28 @@ def test_recall_gives_fractions_with_interval_and_chance(background: str) -> Non
 
 
 def test_a_recalled_fact_ends_before_the_segment_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[RecallSample] = []
+    drawn: list[Sample] = []
 
-    def answers(model: Any, batch: list[RecallSample], memories: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def marks(model: Any, batch: list[Sample], memories: tuple[str, ...], tokenizer: Any) -> Marks:
         drawn.extend(batch)
-        return {memory: np.zeros(len(batch), dtype=bool) for memory in memories}
+        return Marks(
+            {memory: [np.zeros(1, dtype=bool) for _ in batch] for memory in memories},
+            {memory: [{} for _ in batch] for memory in memories},
+        )
 
-    monkeypatch.setattr("pipelines.tasks.questions.batch_answers", answers)
+    monkeypatch.setattr("pipelines.tasks.questions.batch_marks", marks)
     model = byte_model(segment_len=50)
     for length in (102, 130, 150, 300):
         drawn.clear()
         figures = TASKS["recall"].measure(model, length, material(num_samples=50))
         assert figures[0].needs_memory
         for sample in drawn:
-            assert len(sample.tokens) + len(sample.answer) == length
-            answering = (len(sample.tokens) - 1) // 50 * 50
-            assert b"secret key is" not in BYTES.decode_bytes(sample.tokens[answering:])[:-19]
-            assert BYTES.decode_bytes(sample.tokens[:answering]).count(BYTES.decode_bytes(sample.answer) + b".") >= 1
+            tokens = texts.whole(sample.stream)
+            assert len(tokens) == sample.num_tokens == length
+            [answer] = sample.answers
+            answering = (answer.at - 1) // 50 * 50
+            assert b"secret key is" not in BYTES.decode_bytes(tokens[answering : answer.at])[:-19]
+            assert BYTES.decode_bytes(tokens[:answering]).count(BYTES.decode_bytes(answer.tokens) + b".") >= 1
     assert not TASKS["recall"].measure(model, 50, material())[0].needs_memory
 
 
@@ -293,10 +353,3 @@ def test_every_task_names_settings_that_exist() -> None:
     known = set(Material.__dataclass_fields__)
     for task in TASKS.values():
         assert task.settings <= known
-
-
-def test_the_opening_of_a_text_is_its_first_tokens() -> None:
-    held_out = text(30)
-    assert opening(held_out, 10).tolist() == held_out.tokens[:10].tolist()
-    assert opening(held_out, 99).tolist() == held_out.tokens.tolist()
-    assert recall.prose(opening(held_out, 5))(7, np.random.default_rng(0)).shape == (7,)

@@ -1,0 +1,61 @@
+"""Stories in book prose: the sentences of a small world, in their order, anywhere in a long text (BABILong).
+
+The scheme is that of Kuratov et al. 2024 (arXiv:2406.10149). Beside the answer that greedy decoding must write to the
+letter there are two marks for what the model writes freely: strict, the right label and no other, those of the question
+aside; and lax, the right label among whatever else.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from pipelines.tasks import babi
+from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, Wanted, ask, compose
+
+QUESTION = "\nQuestion: {}\nAnswer:"
+MORE_TOKENS = 8  # written beyond the longest label
+
+STRICT, LAX = "strict", "lax"
+
+
+def story_task(task: str) -> Maker:
+    """The task `qa1` to `qa5`."""
+    return partial(_sample, task)
+
+
+def _sample(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    story, labels = babi.story(task, generator), babi.LABELS[task]
+    facts = [scene.encode(f"\n{fact}\n") for fact in story.facts]
+    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(labels))
+    sample = compose(scene, wanted, facts, [asked], generator)
+    longest = max(len(scene.encode(f" {label}")) for label in labels)
+    return marked(sample, story.question, story.answer, labels, longest + MORE_TOKENS)
+
+
+def marked(sample: Sample, question: str, answer: str, labels: Sequence[str], max_new_tokens: int) -> Sample:
+    """The sample with both scorers."""
+    scorers = (
+        Scorer(STRICT, lambda written: float(is_strictly_right(written, question, answer, labels))),
+        Scorer(LAX, lambda written: float(is_laxly_right(written, answer))),
+    )
+    return dataclasses.replace(sample, scorers=scorers, max_new_tokens=max_new_tokens)
+
+
+def is_strictly_right(written: str, question: str, answer: str, labels: Sequence[str]) -> bool:
+    """Whether the first sentence holds just one of the labels that the question does not hold, and it is the answer."""
+    sentence = first_sentence(written)
+    named = {label.lower() for label in labels if label.lower() in sentence and label.lower() not in question.lower()}
+    return named == {answer.lower()}
+
+
+def is_laxly_right(written: str, answer: str) -> bool:
+    """Whether the answer occurs."""
+    return answer.lower() in written.lower()
+
+
+def first_sentence(written: str) -> str:
+    """In lower case, up to the first line's or sentence's end."""
+    return re.split(r"[.\n]", written.strip().lower(), maxsplit=1)[0]

@@ -1,0 +1,212 @@
+"""The six tasks of RULER that need no text of others: needles, variables, common and frequent words.
+
+Made anew from Hsieh et al. 2024 (arXiv:2404.06654, section 3 and appendix B) with the questions as published:
+`niah_single_1` (a number in repeated sentences), `niah_multikey_2` and `_3` (among other needles, numbers or UUIDs),
+`vt` (variables that got one value), `cwe` (the ten words that come ten times as often as others) and `fwe` (the three
+most frequent made-up words). Beside the answer to the letter, `string_match` is the published mark: the share of
+expected strings in what the model writes freely.
+
+Deviations: words are made of syllables; a haystack's needles and words are drawn while the text is read, each line
+whole, and the few tokens that are left over are new lines; below 4,096 tokens `cwe` has three words, ten times each,
+among words that come once.
+"""
+
+import dataclasses
+import itertools
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from pipelines.tasks.needle import HAY
+from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, TooShortError, Wanted, ask, compose
+from pipelines.tasks.texts import Background, Stream, repeated
+
+MATCH = "string_match"
+NEEDLE = "One of the special magic {kind} for {key} is: {value}.\n"
+NIAH_QUESTION = (
+    "\nWhat is the special magic {kind} for {key} mentioned in the provided text? The special magic {kind} for {key} "
+    "mentioned in the provided text is"
+)
+VT_QUESTION = (
+    "\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+    "chain(s) of variable assignment in the text above, {num} variables are assigned the value {value}, they are:"
+)
+CWE_QUESTION = (
+    "\nQuestion: What are the {num} most common words in the above list? Answer: The top {num} words that appear most "
+    "often in the list are:"
+)
+FWE_QUESTION = (
+    "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+    "appeared words in the above coded text? Answer: According to the coded text above, the three most frequently "
+    "appeared words are:"
+)
+NUM_HOPS = 4
+_SCATTER = 7654321  # shares no factor with 70
+FREQUENT, ZETA = 3, 2.0  # words asked for, exponent of their frequencies
+_SHORT = 4096  # tokens, below which cwe has fewer words
+_CODED = 200  # different words of fwe
+_LEAST_CODED = 50  # words of an fwe text
+_STRETCH = 4096  # words of fwe whose order is drawn at once
+_NEAR = 256  # other words of cwe that come near one another
+_MAX_FILLER = 2**16  # tokens made at once
+_MORE_TOKENS = 8  # written beyond the answer
+_SYLLABLES = tuple(a + b for a, b in itertools.product("bdfgklmnprstvz", "aeiou"))  # 70
+
+
+def word(number: int, num_syllables: int = 4) -> str:
+    """A word for each number below 70 ** num_syllables; those of neighbouring numbers look nothing alike."""
+    number = number * _SCATTER % len(_SYLLABLES) ** num_syllables
+    return "".join(_SYLLABLES[number // len(_SYLLABLES) ** i % len(_SYLLABLES)] for i in range(num_syllables))
+
+
+NUM_WORDS = len(_SYLLABLES) ** 4
+
+
+def niah_single(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """`niah_single_1`."""
+    hay = scene._replace(background=repeated(scene.encode(HAY)))
+    key, value = word(int(generator.integers(NUM_WORDS))), str(generator.integers(10**6, 10**7))
+    return _needle(hay, wanted, "number", (key, value), generator)
+
+
+def niah_multikey(kind: str) -> Maker:
+    """`niah_multikey_2` of "number", `niah_multikey_3` of "uuid"."""
+    return partial(_multikey, kind)
+
+
+def _multikey(kind: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    key, value = _pair(kind, generator)
+
+    def others(generator: np.random.Generator) -> Iterator[str]:
+        while True:
+            other = _pair(kind, generator)
+            if other[0] != key:
+                yield NEEDLE.format(kind=kind, key=other[0], value=other[1])
+
+    hay = scene._replace(background=_lines(scene, others))
+    return _needle(hay, wanted, kind, (key, value), generator)
+
+
+def _needle(scene: Scene, wanted: Wanted, kind: str, pair: tuple[str, str], generator: np.random.Generator) -> Sample:
+    key, value = pair
+    fact = scene.encode(NEEDLE.format(kind=kind, key=key, value=value))
+    asked = ask(scene, NIAH_QUESTION.format(kind=kind, key=key), f" {value}", 9e6 if kind == "number" else 2.0**122)
+    return _matched(compose(scene, wanted, [fact], [asked], generator, between_blocks=True), [value])
+
+
+def _pair(kind: str, generator: np.random.Generator) -> tuple[str, str]:
+    if kind == "number":
+        return word(int(generator.integers(NUM_WORDS))), str(generator.integers(10**6, 10**7))
+    key, value = (str(uuid.UUID(bytes=generator.bytes(16), version=4)) for _ in range(2))
+    return key, value
+
+
+def variable_tracking(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """`vt`: one chain of four hops."""
+    hay = scene._replace(background=repeated(scene.encode(HAY)))
+    value = str(generator.integers(10**4, 10**5))
+    codes = generator.choice(26**5, NUM_HOPS + 1, replace=False)
+    names = ["".join(chr(ord("A") + code // 26**i % 26) for i in range(5)) for code in codes]
+    given = [value, *(f"VAR {name}" for name in names)]
+    facts = [scene.encode(f"\nVAR {name} = {got}\n") for name, got in zip(names, given, strict=False)]
+    question = VT_QUESTION.format(value=value, num=len(names))
+    asked = ask(scene, question, " " + " ".join(names), 26.0**25)
+    return _matched(compose(hay, wanted, facts, [asked], generator), names)
+
+
+def common_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """`cwe`: words between other words that come three times each."""
+    num, times, others = (3, 10, 1) if wanted.length < _SHORT else (10, 30, 3)
+    first = int(generator.integers(NUM_WORDS))
+    common = [word((first + i) % NUM_WORDS) for i in range(num)]
+    facts = [scene.encode(f"{common[i % num]}\n") for i in generator.permutation(num * times)]
+    hay = scene._replace(background=_lines(scene, partial(_other_words, first + num, others)))
+    asked = ask(scene, CWE_QUESTION.format(num=num), " " + " ".join(common), float(NUM_WORDS) ** num)
+    return _matched(compose(hay, wanted, facts, [asked], generator, between_blocks=True), common)
+
+
+def _other_words(first: int, times: int, generator: np.random.Generator) -> Iterator[str]:
+    """Words from number `first` on, so often each, near one another."""
+    for start in itertools.count(first, _NEAR):
+        for i in generator.permutation(_NEAR * times):
+            yield f"{word((start + i % _NEAR) % NUM_WORDS)}\n"
+
+
+def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """`fwe`: the n-th word comes with a frequency of about 1 / n^2; no two of the four highest counts are equal."""
+    names = [word(int(code)) for code in generator.choice(NUM_WORDS, _CODED, replace=False)]
+    words = [scene.encode(f" {name}") for name in names]
+    longest = max(len(one) for one in words)
+    rest = len(scene.encode(FWE_QUESTION)) + (FREQUENT + 1) * longest
+    num = (wanted.length - rest) // longest
+    if num < _LEAST_CODED:
+        raise TooShortError(rest + _LEAST_CODED * longest)
+    counts = _distinct_counts(num, generator)
+    found = [names[i] for i in np.argsort(-counts.sum(0))[:FREQUENT]]
+    hay = scene._replace(background=_coded(words, counts, scene.encode(".")))
+    asked = ask(scene, FWE_QUESTION, " " + " ".join(found), float(_CODED) ** FREQUENT)
+    return _matched(compose(hay, wanted, [], [asked], generator), found)
+
+
+def _distinct_counts(num: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each of the words comes in each stretch of a text of `num` words, (stretches, words) int64."""
+    weights = np.arange(1.0, _CODED + 1) ** -ZETA
+    stretches = np.diff([*range(0, num, _STRETCH), num])
+    while True:
+        counts = generator.multinomial(stretches, weights / weights.sum())
+        if len(set(np.sort(counts.sum(0))[-FREQUENT - 1 :])) == FREQUENT + 1:
+            return counts
+
+
+def _coded(words: Sequence[np.ndarray], counts: np.ndarray, filler: np.ndarray) -> Background:
+    def draw(num: int, generator: np.random.Generator) -> Stream:
+        return partial(_filled, partial(_coded_words, words, counts, int(generator.integers(2**62))), num, filler)
+
+    return draw
+
+
+def _coded_words(words: Sequence[np.ndarray], counts: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    for stretch in counts:
+        for i in generator.permutation(np.repeat(np.arange(len(stretch)), stretch)):
+            yield words[i]
+
+
+def _lines(scene: Scene, lines: Callable[[np.random.Generator], Iterator[str]]) -> Background:
+    """Whole lines, a block each; they have to go on for ever."""
+
+    def draw(num: int, generator: np.random.Generator) -> Stream:
+        seed = int(generator.integers(2**62))
+
+        def encoded() -> Iterator[np.ndarray]:
+            return (scene.encode(line) for line in lines(np.random.default_rng(seed)))
+
+        return partial(_filled, encoded, num, scene.encode("\n"))
+
+    return draw
+
+
+def _filled(blocks: Stream, num: int, filler: np.ndarray) -> Iterator[np.ndarray]:
+    """As many blocks as fit into `num` tokens, and filler for the rest."""
+    left = num
+    for block in blocks():
+        if len(block) > left:
+            break
+        yield block
+        left -= len(block)
+    for start in range(0, left, _MAX_FILLER):
+        yield np.resize(filler, min(_MAX_FILLER, left - start)).astype(np.int32)
+
+
+def _matched(sample: Sample, expected: Sequence[str]) -> Sample:
+    """The sample with the published mark."""
+    scorer = Scorer(MATCH, lambda written: string_match(written, expected))
+    most = len(sample.answers[-1].tokens) + _MORE_TOKENS
+    return dataclasses.replace(sample, scorers=(scorer,), max_new_tokens=most)
+
+
+def string_match(written: str, expected: Sequence[str]) -> float:
+    """The share of the expected strings that occur, whatever their case."""
+    return sum(one.lower() in written.lower() for one in expected) / len(expected)

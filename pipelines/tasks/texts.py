@@ -1,0 +1,141 @@
+"""Texts that are made while they are read, so that memory stays flat at any length.
+
+A stream gives a text's tokens in blocks, (n,) int32 each, and the same ones whenever it is opened.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from pipelines.tasks.held_out import HeldOut
+
+Stream = Callable[[], Iterator[np.ndarray]]
+Background = Callable[[int, np.random.Generator], Stream]  # (num tokens, generator) -> a text of so many tokens
+
+NOISE = "abcdefghijklmnopqrstuvwxyz "
+
+_BLOCK = 2**16  # tokens made at once
+
+
+class Encodes(Protocol):
+    """The part of a tokenizer that a task needs."""
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+
+class Insert(NamedTuple):
+    """Tokens that stand in a background."""
+
+    at: int  # tokens of the background before it
+    tokens: np.ndarray
+
+
+def prose(held_out: HeldOut) -> Background:
+    """Excerpts of documents, one after another, from random places; behind the last comes the first again."""
+    total = sum(held_out.num_tokens)
+    if not total:
+        raise ValueError("prose needs a text of at least one token")
+
+    def draw(num: int, generator: np.random.Generator) -> Stream:
+        return partial(_prose, held_out, int(generator.integers(total)), num)
+
+    return draw
+
+
+def _prose(held_out: HeldOut, start: int, num: int) -> Iterator[np.ndarray]:
+    ends = np.cumsum(held_out.num_tokens)
+    document = int(np.searchsorted(ends, start, side="right"))
+    at = start - (int(ends[document - 1]) if document else 0)
+    while num:
+        size = min(num, _BLOCK, held_out.num_tokens[document] - at)
+        if size:
+            yield held_out.read(document, at, at + size).astype(np.int32)
+        num, at = num - size, at + size
+        if at == held_out.num_tokens[document]:
+            document, at = (document + 1) % len(ends), 0
+
+
+def noise(tokenizer: Encodes) -> Background:
+    """Lower-case letters and spaces, each equally likely."""
+    alphabet = np.unique(np.concatenate([tokenizer.encode(letter) for letter in NOISE])).astype(np.int32)
+
+    def draw(num: int, generator: np.random.Generator) -> Stream:
+        return partial(_noise, alphabet, int(generator.integers(2**62)), num)
+
+    return draw
+
+
+def _noise(alphabet: np.ndarray, seed: int, num: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    for start in range(0, num, _BLOCK):
+        yield generator.choice(alphabet, min(_BLOCK, num - start))
+
+
+def repeated(tokens: np.ndarray) -> Background:
+    """The same tokens (n,) over and over."""
+    tokens = tokens.astype(np.int32)
+    times = -(-_BLOCK // len(tokens))
+
+    def draw(num: int, generator: np.random.Generator) -> Stream:
+        return partial(_repeated, np.tile(tokens, times), num)
+
+    return draw
+
+
+def _repeated(block: np.ndarray, num: int) -> Iterator[np.ndarray]:
+    for start in range(0, num, len(block)):
+        yield block[: min(len(block), num - start)]
+
+
+def joined(background: Stream, inserts: Iterable[Insert], tail: np.ndarray, *, between_blocks: bool = False) -> Stream:
+    """The background with inserts in it, those for one place in the order given, and `tail` behind all.
+
+    `between_blocks` cuts no block of the background: an insert then stands before the block in which its place is.
+    """
+    ordered = sorted(inserts, key=lambda insert: insert.at)
+    return partial(_joined, background, ordered, tail, between_blocks)
+
+
+def _joined(
+    background: Stream, inserts: Sequence[Insert], tail: np.ndarray, between_blocks: bool
+) -> Iterator[np.ndarray]:
+    waiting, read = deque(inserts), 0
+    for block in background():
+        done = 0
+        while waiting and waiting[0].at < read + len(block):
+            insert = waiting.popleft()
+            cut = 0 if between_blocks else insert.at - read
+            yield block[done:cut]
+            yield insert.tokens
+            done = cut
+        yield block[done:]
+        read += len(block)
+    for insert in waiting:  # at the end
+        yield insert.tokens
+    yield tail
+
+
+def in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same tokens in blocks of `size`, the last one shorter where they do not divide."""
+    kept: list[np.ndarray] = []
+    num_kept = 0
+    for part in parts:
+        rest = part
+        while num_kept + len(rest) >= size:
+            cut = size - num_kept
+            yield np.concatenate([*kept, rest[:cut]])
+            kept, num_kept, rest = [], 0, rest[cut:]
+        if len(rest):
+            kept.append(rest)
+            num_kept += len(rest)
+    if kept:
+        yield np.concatenate(kept)
+
+
+def whole(stream: Stream) -> np.ndarray:
+    """All tokens at once, (N,) int32."""
+    parts = list(stream())
+    return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, dtype=np.int32)

@@ -1,0 +1,206 @@
+"""Each task's answers, found again from the text that a sample gives, by its definition."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import facts, needle, quadratic, recall, ruler, symbols, texts
+from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
+
+BYTES = ByteTokenizer()
+SCENE = Scene(BYTES, texts.noise(BYTES))
+SEGMENT_LEN = 64
+
+
+def draw(make: Maker, length: int, seed: int = 0, depth: float | None = None) -> Sample:
+    return make(SCENE, Wanted(length, SEGMENT_LEN, depth), np.random.default_rng(seed))
+
+
+def read(sample: Sample) -> tuple[str, list[str]]:
+    """The text before the first question's answer, and all answers."""
+    tokens = texts.whole(sample.stream)
+    return BYTES.decode(tokens[: sample.answers[0].at]), [BYTES.decode(answer.tokens) for answer in sample.answers]
+
+
+LENGTHS = (500, 501, 563, 564, 565, 2000)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_whole_text_and_a_streamed_one_ask_the_same(length: int) -> None:
+    """What training reads whole and what evaluation streams have one place for the fact, for equal draws."""
+
+    def letters(num: int, generator: np.random.Generator) -> np.ndarray:
+        return np.full(num, 97 + generator.integers(26), dtype=np.int32)
+
+    def in_parts(num: int, generator: np.random.Generator) -> texts.Stream:
+        parts = np.array_split(letters(num, generator), 7)
+        return lambda: iter(parts)
+
+    scene = Scene(BYTES, in_parts)
+    text_len = length - recall.longest_answer(BYTES)
+    latest = (text_len - 1) // SEGMENT_LEN * SEGMENT_LEN - recall.shortest_text(BYTES) + 1
+    wholes = recall.samples(BYTES, letters, length=text_len, num=20, seed=3, latest=latest)
+    for index, whole in enumerate(wholes):
+        streamed = recall.detect(scene, Wanted(length, SEGMENT_LEN), np.random.default_rng((3, index)))
+        assert texts.whole(streamed.stream).tolist() == [*whole.tokens, *whole.answer]
+
+
+def test_facts_stand_first_anywhere_or_at_the_depth() -> None:
+    fact = "\nThe secret key is"
+    assert read(draw(recall.memorise, 2000))[0].startswith(fact)
+    places = [read(draw(recall.detect, 2000, seed))[0].index(fact) for seed in range(60)]
+    assert min(places) < 200
+    assert max(places) > 1700
+    at = [read(draw(recall.detect, 2000, depth=depth))[0].index(fact) for depth in (0.0, 0.5, 1.0)]
+    assert at[0] == 0
+    assert at[1] == pytest.approx(at[2] / 2, abs=1)
+    assert at[2] + len(fact) > 1984 - 64
+
+
+@pytest.mark.parametrize("make", [facts.reason, facts.capacity(4), needle.needle, needle.passkey, recall.detect])
+@pytest.mark.parametrize("depth", [None, 0.0, 1.0])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | None, length: int) -> None:
+    sample = draw(make, length, 1, depth)
+    assert sample.needs_memory
+    start = (sample.answers[0].at - 1) // SEGMENT_LEN * SEGMENT_LEN
+    rest = BYTES.decode(texts.whole(sample.stream)[start : sample.answers[0].at])
+    assert "." not in rest.replace("The grass is green.", "").rpartition("\n")[0] or "pass key" in rest
+    assert not re.search(r"opens [A-P]|is [A-P]\.|is: \d|key is \d", rest)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reasoning_needs_both_sentences(seed: int) -> None:
+    text, [answer] = read(draw(facts.reason, 1000, seed))
+    opens = dict(re.findall(r"\n([A-P]) opens ([A-P])\.\n", text))
+    [key] = re.findall(r"\nThe key is ([A-P])\.\n", text)
+    assert opens[key] == answer.strip()
+    assert len(set(opens.values())) == 2
+
+
+@pytest.mark.parametrize("num", facts.COUNTS)
+def test_capacity_asks_for_every_fact_in_another_order(num: int) -> None:
+    sample = draw(facts.capacity(num), 4000, num)
+    text = BYTES.decode(texts.whole(sample.stream))
+    told = re.findall(r"\n([Q-Z]\d) is ([A-P])\.\n", text)
+    assert len(dict(told)) == num == len(sample.answers)
+    asked = re.findall(r"\n([Q-Z]\d) is ([A-P])(?=\n|$)", text)
+    assert dict(asked) == dict(told)
+    assert num < 4 or asked != told
+    assert text.startswith(f"\n{told[0][0]} is")
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("length", [100, 1000, 20_000])
+def test_a_source_is_copied_or_reversed(backwards: bool, length: int) -> None:
+    sample = draw(symbols.copying(backwards=backwards), length)
+    text, answers = read(sample)
+    source = re.match(r"\nsource: ([A-Z]+)", text)
+    assert source
+    assert answers == list(source[1][::-1] if backwards else source[1])
+    assert len(answers) == min(4096, (length - (20 if backwards else 18)) // 2 - 32)
+    assert sample.needs_memory
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_value_written_last_is_retrieved(rewrites: bool, seed: int) -> None:
+    text, [answer] = read(draw(symbols.retrieval(rewrites=rewrites), 3200, seed))
+    pairs = re.findall(r"\n([A-Z]{4}):([A-Z])\n", text)
+    assert len(pairs) == 49
+    assert dict(pairs)[text[-5:-1]] == answer
+    assert len(dict(pairs)) == 49 if not rewrites else len(dict(pairs)) <= 16
+
+
+@pytest.mark.parametrize("length", [100, 1000, 300_000])
+def test_symbols_are_sorted_by_how_often_they_come(length: int) -> None:
+    sample = draw(symbols.sorting, length)
+    text, answers = read(sample)
+    source = text.removesuffix("\nsorted: ")
+    assert len(source) + len("\nsorted: ") + 20 == length
+    counts = Counter(source)
+    letters = "ABCDEFGHIJKLMNOPQRST"
+    assert answers == sorted(letters, key=lambda letter: (-counts[letter], letter))
+    last = Counter(source[len(source) * 3 // 4 :])
+    if length > 100:  # where stretches are whole
+        guess = sorted(letters, key=lambda letter: (-last[letter], letter))
+        assert sample.oracle == pytest.approx(np.mean([a == b for a, b in zip(guess, answers, strict=True)]), abs=0.11)
+
+
+def test_the_window_oracle_of_sorting_is_above_chance_and_far_from_right() -> None:
+    """Published: a model that sees only the last quarter has .38 of 20 symbols right."""
+    oracle = np.mean([draw(symbols.sorting, 4000, seed).oracle for seed in range(50)])
+    assert 0.1 < oracle < 0.5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_roots_solve_the_equation(seed: int) -> None:
+    sample = draw(quadratic.equation, 400, seed)
+    text, answers = read(sample)
+    found = re.match(r"\n(-?\d+)\*x\^2([+-]\d+)\*x([+-]\d+)=0\n", text)
+    assert found
+    a, b, c = map(int, found.groups())
+    discriminant, low, high = map(int, answers)
+    assert discriminant == b * b - 4 * a * c
+    assert low <= high
+    assert all(a * x * x + b * x + c == 0 for x in (low, high))
+    assert (-b / a) == low + high
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("make", [ruler.niah_single, ruler.niah_multikey("number"), ruler.niah_multikey("uuid")])
+def test_a_needle_is_told_once_among_others(make: Maker, seed: int) -> None:
+    text, [answer] = read(draw(make, 5000, seed))
+    told = re.findall(r"One of the special magic \w+ for ([\w-]+) is: ([\w-]+)\.\n", text)
+    [key] = re.findall(r"magic \w+ for ([\w-]+) mentioned in the provided text is$", text)
+    assert [value for name, value in told if name == key] == [answer.strip()]
+    assert (len(told) > 20) == (make is not ruler.niah_single)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_variables_that_got_the_value_are_named(seed: int) -> None:
+    text, [answer] = read(draw(ruler.variable_tracking, 2000, seed))
+    got = dict(re.findall(r"\nVAR (\w+) = (?:VAR )?(\w+)\n", text))
+    [value] = re.findall(r"assigned the value (\d+) in", text)
+    names = list(got)
+    while True:
+        names_of = {name: got.get(got[name], got[name]) for name in got}
+        if names_of == got:
+            break
+        got = names_of
+    assert set(answer.split()) == {name for name in names if got[name] == value}
+    assert len(names) == 5
+
+
+@pytest.mark.parametrize("length", [2000, 20_000])
+def test_common_words_are_the_ten_that_come_most(length: int) -> None:
+    text, [answer] = read(draw(ruler.common_words, length))
+    words = Counter(text.partition("\nQuestion")[0].split())
+    common = answer.split()
+    times, others = (10, 1) if length < 4096 else (30, 3)
+    assert {words.pop(word) for word in common} == {times}
+    assert len(common) == (3 if length < 4096 else 10)
+    assert max(words.values()) == others
+    assert all(re.fullmatch(r"([b-z][aeiou]){4}", word) for word in words)
+
+
+@pytest.mark.parametrize("length", [1000, 100_000])
+def test_frequent_words_are_the_three_that_come_most_in_their_order(length: int) -> None:
+    text, [answer] = read(draw(ruler.frequent_words, length))
+    words = Counter(text.partition("\nQuestion")[0].strip(".").split())
+    assert [word for word, _ in words.most_common(3)] == answer.split()
+    assert len({num for _, num in words.most_common(4)}) == 4
+
+
+def test_a_match_is_the_share_of_expected_strings() -> None:
+    assert ruler.string_match(" it is Ab, and cd", ["AB", "CD", "ef", "gh"]) == 0.5
+
+
+@pytest.mark.parametrize("make", [facts.reason, symbols.sorting, ruler.frequent_words, recall.detect])
+def test_what_does_not_fit_says_what_would(make: Maker) -> None:
+    with pytest.raises(TooShortError) as error:
+        draw(make, 20)
+    draw(make, error.value.need)

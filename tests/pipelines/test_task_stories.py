@@ -1,0 +1,144 @@
+"""Stories against a reader that knows English sentences and nothing of the simulator; and the marks of free answers."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pipelines.tasks import babi
+from pipelines.tasks.babi import Story
+from pipelines.tasks.babilong import is_laxly_right, is_strictly_right
+
+GO = re.compile(r"(\w+) (?:went|went back|moved|journeyed|travelled) to the (\w+)\.")
+TAKE = re.compile(r"(\w+) (?:took|got|grabbed|picked up) the (\w+) there\.")
+DROP = re.compile(r"(\w+) (?:dropped|left|put down|discarded) the (\w+)\.")
+GIVE = re.compile(r"(\w+) (?:gave|handed|passed) the (\w+) to (\w+)\.")
+LIES = re.compile(r"The (\w+) is (\w+) of the (\w+)\.")
+STEP = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
+
+
+class Reader:
+    """What somebody knows who reads the facts one by one; anything impossible is an error."""
+
+    def __init__(self, facts: list[str]) -> None:
+        self.where: dict[str, str] = {}
+        self.holder: dict[str, str] = {}
+        self.path: dict[str, list[str]] = {}
+        self.gifts: list[tuple[str, str, str]] = []
+        for fact in facts:
+            self.read(fact)
+
+    def read(self, fact: str) -> None:
+        if found := GO.fullmatch(fact):
+            who, place = found.groups()
+            assert self.where.get(who) != place
+            self.where[who] = place
+            for thing, holder in self.holder.items():
+                if holder == who:
+                    self.path[thing].append(place)
+        elif found := TAKE.fullmatch(fact):
+            who, thing = found.groups()
+            assert thing not in self.holder
+            assert self.path.get(thing, [self.where[who]])[-1] == self.where[who]
+            self.path.setdefault(thing, [self.where[who]])
+            self.holder[thing] = who
+        elif found := DROP.fullmatch(fact):
+            who, thing = found.groups()
+            assert self.holder.pop(thing) == who
+        elif found := GIVE.fullmatch(fact):
+            giver, thing, receiver = found.groups()
+            assert self.holder[thing] == giver
+            assert giver != receiver
+            assert self.where[giver] == self.where[receiver]
+            self.holder[thing] = receiver
+            self.gifts.append((giver, thing, receiver))
+        else:
+            pytest.fail(f"what is {fact!r}?")
+
+    def answer(self, question: str) -> str:
+        gifts = list(reversed(self.gifts))
+        if found := re.fullmatch(r"Where is the (\w+)\?", question):
+            return self.path[found[1]][-1]
+        if found := re.fullmatch(r"Where is (\w+)\?", question):
+            return self.where[found[1]]
+        if found := re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question):
+            path = self.path[found[1]]
+            return next(path[i - 1] for i in range(len(path) - 1, 0, -1) if path[i] == found[2])
+        if found := re.fullmatch(r"What did (\w+) give to (\w+)\?", question):
+            return next(thing for giver, thing, receiver in gifts if (giver, receiver) == found.groups())
+        if found := re.fullmatch(r"Who received the (\w+)\?", question):
+            return next(receiver for _, thing, receiver in gifts if thing == found[1])
+        if found := re.fullmatch(r"Who did (\w+) give the (\w+) to\?", question):
+            return next(receiver for giver, thing, receiver in gifts if (giver, thing) == found.groups())
+        if found := re.fullmatch(r"Who gave the (\w+) to (\w+)\?", question):
+            return next(giver for giver, thing, receiver in gifts if (thing, receiver) == found.groups())
+        found = re.fullmatch(r"Who gave the (\w+)\?", question)
+        assert found, question
+        return next(giver for giver, thing, _ in gifts if thing == found[1])
+
+
+def read_map(story: Story) -> str:
+    """The answer to a question about places, from their coordinates."""
+    facts = [LIES.fullmatch(fact) for fact in story.facts]
+    at = {facts[0][1]: (0, 0)} if facts[0] else {}
+    for found in facts * 2:  # a fact may hang on what a later one says
+        assert found
+        a, way, b = found.groups()
+        x, y = STEP[way]
+        if a in at:
+            at[b] = (at[a][0] - x, at[a][1] - y)
+        elif b in at:
+            at[a] = (at[b][0] + x, at[b][1] + y)
+    if found := re.fullmatch(r"What is (\w+) of the (\w+)\?", story.question):
+        (x, y), (p, q) = STEP[found[1]], at[found[2]]
+        return next(place for place, here in at.items() if here == (p + x, q + y))
+    found = re.fullmatch(r"What is the (\w+) (\w+) of\?", story.question)
+    assert found, story.question
+    (x, y), (p, q) = STEP[found[2]], at[found[1]]
+    return next(place for place, here in at.items() if here == (p - x, q - y))
+
+
+def draw(task: str, num: int) -> list[Story]:
+    return [babi.story(task, np.random.default_rng((7, i))) for i in range(num)]
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa5"])
+def test_who_reads_a_story_finds_its_answer(task: str) -> None:
+    low, high = babi.NUM_FACTS[task]
+    for story in draw(task, 300):
+        assert low <= len(story.facts) <= high
+        assert story.answer in babi.LABELS[task]
+        assert Reader(story.facts).answer(story.question) == story.answer
+
+
+def test_who_draws_a_map_finds_what_lies_where() -> None:
+    for story in draw("qa4", 300):
+        assert len(story.facts) == 2
+        assert read_map(story) == story.answer
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])
+def test_no_label_answers_most_questions(task: str) -> None:
+    answers = Counter(story.answer for story in draw(task, 400))
+    assert set(answers) == set(babi.LABELS[task])
+    assert max(answers.values()) < 400 / len(answers) * 2
+
+
+@pytest.mark.parametrize(
+    ("written", "strict", "lax"),
+    [
+        (" kitchen", True, True),
+        (" The Kitchen. Then the garden.", True, True),
+        (" kitchen\nQuestion: garden", True, True),
+        (" kitchen or garden", False, True),
+        (" from the office to the kitchen", True, True),  # the office stands in the question
+        (" garden", False, False),
+        (" garden. kitchen", False, True),
+        ("", False, False),
+    ],
+)
+def test_strict_takes_one_label_and_lax_any(written: str, strict: bool, lax: bool) -> None:
+    question = "Where was the apple before the office?"
+    assert is_strictly_right(written, question, "kitchen", babi.PLACES) == strict
+    assert is_laxly_right(written, "kitchen") == lax
