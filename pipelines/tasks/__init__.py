@@ -7,12 +7,14 @@ from pipelines.tasks.question_files import FileTask
 from pipelines.tasks.questions import QuestionTask
 from pipelines.tasks.samples import Maker
 
+# Facts in prose or noise, anywhere or at chosen depths.
 _PLACED: dict[str, Maker] = {
     "recall": recall.detect,
     "reason": facts.reason,
     **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
     "needle": needle.needle,
 }
+# Facts that come first, or all over the text.
 _FIRST: dict[str, Maker] = {
     "memorise": recall.memorise,
     **{f"capacity_{num}": facts.capacity(num) for num in facts.COUNTS},
@@ -22,6 +24,7 @@ _FIRST: dict[str, Maker] = {
     "rewrites": symbols.retrieval(rewrites=True),
     "quadratic": quadratic.equation,
 }
+# Texts of their own around the facts.
 _OWN_TEXT_PLACED: dict[str, Maker] = {
     "passkey": needle.passkey,
     "niah_single_1": ruler.niah_single,

@@ -54,8 +54,9 @@ class World:
 
     def act(self) -> str:
         """One of the things that may happen now; every kind of event is as likely as another."""
-        chosen = self._choose([kind for kind, options in self._options().items() if options])
-        options = self._options()[chosen]
+        possible = {kind: options for kind, options in self._options().items() if options}
+        chosen = self._choose(list(possible))
+        options = possible[chosen]
         who, what = options[int(self.generator.integers(len(options)))]
         if chosen == "move":
             return self._move(who, what)

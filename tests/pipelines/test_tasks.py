@@ -253,7 +253,12 @@ def test_scorers_get_what_each_memory_writes(lengths: list[int]) -> None:
     model = byte_model(segment_len=6)
     questions = questions_of(3, lengths)
     heard: list[str] = []
-    scorer = Scorer("length", lambda written: heard.append(written) or 0.25)
+
+    def mark(written: str) -> float:
+        heard.append(written)
+        return 0.25
+
+    scorer = Scorer("length", mark)
     batch = [dataclasses.replace(one.sample(), scorers=(scorer,), max_new_tokens=9) for one in questions]
     marks = batch_marks(model, batch, MEMORIES, BYTES)
     assert marks.scores == {memory: [{"length": 0.25}] * 3 for memory in MEMORIES}
