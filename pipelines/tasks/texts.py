@@ -77,7 +77,7 @@ def _noise(alphabet: np.ndarray, seed: int, num: int) -> Iterator[np.ndarray]:
 def repeated(tokens: np.ndarray) -> Background:
     """The same tokens (n,) over and over."""
     tokens = tokens.astype(np.int32)
-    times = -(-_BLOCK // len(tokens))
+    times = max(1, _BLOCK // len(tokens))
 
     def draw(num: int, generator: np.random.Generator) -> Stream:
         return partial(_repeated, np.tile(tokens, times), num)
