@@ -268,15 +268,20 @@ def _after(context: Context, attention: Attention | None) -> Attention | None:
 
 def _dimensions(lm: PreTrainedModel, family: Family) -> Dimensions:
     embedding = lm.get_input_embeddings()
-    scale = float(getattr(embedding, "embed_scale", 1.0))  # Gemma multiplies what it looks up
+    scale = getattr(embedding, "embed_scale", 1.0)  # Gemma multiplies what it looks up
     return Dimensions(
         width=lm.config.hidden_size,
         num_layers=lm.config.num_hidden_layers,
         num_heads=lm.config.num_attention_heads,
         head_width=getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads,
-        embedding_std=float(embedding.weight.detach().float().std()) * scale if embedding.weight.numel() else 0.02,
+        embedding_std=0.02 if embedding.weight.is_meta else _std(embedding.weight.detach()) * float(scale),
         has_relative_positions=family.has_relative_positions,
     )
+
+
+def _std(weight: Tensor) -> float:
+    """The standard deviation of a weight; what is usual where it is sharded away."""
+    return float(weight.float().std()) if weight.numel() else 0.02
 
 
 def _from(angles: Angles, start: int) -> Angles:

@@ -8,6 +8,7 @@ Axes: R rows of a worker, K segments of a window, T tokens of a segment.
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import nn
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.lanes import Window
+from pipelines.training.footprint import zero_buffers
 from pipelines.training.settings import GradientSettings, TrainConfig
+from pipelines.training.weights import plain_tensors
 from rmt_core import SegmentBatch, Unrolled
-from rmt_core.checkpoint import save_tensors, tensors_of
+from rmt_core.checkpoint import save_tensors
 from rmt_core.state import State
 
 
@@ -73,8 +76,13 @@ def start_engine(model: rmt_core.RecurrentModel, config: TrainConfig, deepspeed_
     # DeepSpeed would compile its shared-memory all-reduce at the start on CPUs; only its inference calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups = parameter_groups(model, config.optimizer.weight_decay)
+    optimizer = _adamw(groups, config)
+    num_trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    zero = zero_buffers(num_trained) | deepspeed_settings["zero_optimization"]
     engine, *_ = deepspeed.initialize(
-        model=WindowLoss(model, config.gradient), optimizer=_adamw(groups, config), config=deepspeed_settings
+        model=WindowLoss(model, config.gradient),
+        optimizer=optimizer,
+        config=deepspeed_settings | {"zero_optimization": zero},
     )
     return engine
 
@@ -135,8 +143,8 @@ def save_portable(directory: Path, engine: Any, config: rmt_core.ModelConfig, to
     """Write the model's directory from rank 0; every worker takes part, as parameters may be sharded."""
     import deepspeed
 
-    model = engine.module.model
-    parameters = list(model.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_partition_weights()):
-        if dist.get_rank() == 0:
-            save_tensors(directory, config, tensors_of(model), tokenizer)
+    gathered = partial(deepspeed.zero.GatheredParameters, enabled=engine.zero_optimization_partition_weights())
+    writes = dist.get_rank() == 0
+    tensors = plain_tensors(engine.module.model, gathered=gathered, keep=writes)
+    if writes:
+        save_tensors(directory, config, tensors, tokenizer)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -22,6 +22,17 @@ def _kind(value: Any) -> Any:
         except json.JSONDecodeError as error:
             raise ValueError(f"is not JSON ({error}); write a kind, such as rmt, or JSON") from None
     return value
+
+
+class LoraSettings(Config):
+    """Low-rank adapters on linear maps of the backbone's layers (LoRA, arXiv:2106.09685)."""
+
+    rank: int = Field(default=8, ge=1, description="inner width of an adapter")
+    alpha: float = Field(default=16.0, gt=0, description="what an adapter adds is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="fraction of an adapter's inputs dropped in training")
+    targets: Annotated[list[str] | None, pydantic.BeforeValidator(split_commas)] = Field(
+        default=None, description="maps that get one, as q_proj v_proj (gpt2: c_attn); none: all of the layers"
+    )
 
 
 class ModelSettings(Config):
@@ -50,6 +61,17 @@ class ModelSettings(Config):
         default=None,
         description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; none: nothing",
     )
+    train: Literal["everything", "memory", "lora"] = Field(
+        default="everything",
+        description="memory: the backbone is frozen; lora: it gets adapters; new parts are trained in every case",
+    )
+    lora: LoraSettings = LoraSettings()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "ModelSettings":
+        if self.train != "lora" and self.lora != LoraSettings():
+            raise ValueError(f"model.lora is set with model.train {self.train}; set model.train lora too")
+        return self
 
 
 class OptimizerSettings(Config):
@@ -185,12 +207,57 @@ class WorkerSettings(Config):
         return self.num_workers[1]
 
 
+class Span(NamedTuple):
+    """Optimiser steps from `start` to before `stop`, counted from 0."""
+
+    start: int
+    stop: int
+
+
+def _span(value: Any) -> Any:
+    """`10:15`, or what a saved configuration holds."""
+    if value is None:
+        return None
+    parts = value.split(":") if isinstance(value, str) else value
+    try:
+        start, stop = (int(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ValueError("needs START:STOP, two numbers of steps, as 10:15") from None
+    if not 0 <= start < stop:
+        raise ValueError("needs START:STOP with START from 0 on and below STOP, as 10:15")
+    return start, stop
+
+
 class ReportSettings(Config):
     """When the run tells of itself."""
 
     log_every: int = Field(default=20, ge=1, description="steps between lines of metrics.jsonl and TensorBoard")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints kept, the newest")
+    backbone: bool = Field(
+        default=False, description="write the trained backbone without its memory too: backbone/, for Hugging Face"
+    )
+    wandb: str | None = Field(default=None, description="project of Weights & Biases that gets the metrics too")
+    mlflow: str | None = Field(default=None, description="URI of an MLflow tracking server that gets the metrics too")
+    probe_every: int | None = Field(
+        default=None, ge=1, description="steps between probes of the loss with and without memory; none: no probes"
+    )
+    probe_data: str | None = Field(
+        default=None,
+        description="segment store that probes read; none: the embedded novel that is not trained on, or data",
+    )
+    probe_segments: int = Field(default=8, ge=2, description="segments of a probe's texts, at most")
+    tokens_per_s: float | None = Field(
+        default=None, gt=0, description="tokens a second of one device, as another run had; --dry-run tells costs by it"
+    )
+    peak_flops: float | None = Field(
+        default=None,
+        gt=0,
+        description="operations a second that one device can do at most; none: of known GPUs as the vendor says",
+    )
+    profile: Annotated[Span | None, pydantic.BeforeValidator(_span)] = Field(
+        default=None, description="START:STOP, steps that the torch profiler records, into profile/; none: no trace"
+    )
 
 
 class TrainConfig(Config):

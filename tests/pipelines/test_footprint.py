@@ -1,0 +1,144 @@
+"""What a worker is said to need is what training takes, under every ZeRO stage, and what DeepSpeed's estimator says."""
+
+import gc
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+import rmt_core
+from pipelines.config import build
+from pipelines.data.books import BookStore
+from pipelines.training import engine as engines
+from pipelines.training.costs import ModelSize, SegmentCost, model_size, outline, segment_cost
+from pipelines.training.footprint import STAGES, activations_bytes, footprint
+from pipelines.training.live_bytes import LiveBytes
+from pipelines.training.settings import TrainConfig, model_config
+from pipelines.training.weights import choose_trained
+
+WORLD_SIZE, SEGMENT_LEN = 2, 16
+PRECISIONS = ("float32", "bfloat16")
+NOTHING = SegmentCost(0, 0, 0, 0, 0)
+
+
+def config_of(stage: int = 2, precision: str = "float32", train: str = "everything", **gradient: Any) -> TrainConfig:
+    """A model of 1.6 million parameters, so that what DeepSpeed keeps beside it does not count."""
+    return build(
+        TrainConfig,
+        {
+            "batch_size": WORLD_SIZE,
+            "segment_len": SEGMENT_LEN,
+            "model": {"width": 128, "num_layers": 6, "feed_forward_width": 512, "train": train},
+            "curriculum": {"num_segments": [2], "steps": [10], "vary": False},
+            "workers": {"num_workers": WORLD_SIZE, "zero_stage": stage, "precision": precision},
+            "gradient": gradient,
+        },
+    )
+
+
+def described(config: TrainConfig) -> rmt_core.ModelConfig:
+    return model_config(config, BookStore(SEGMENT_LEN).load_tokenizer(), SEGMENT_LEN)
+
+
+def peak_of(config: TrainConfig) -> int:
+    """Bytes of tensors at the worst moment of the second step, from before the model was built."""
+    with LiveBytes() as live:
+        model = rmt_core.build(described(config)).train()
+        choose_trained(model, config.model)
+        engine = engines.start_engine(model, config, engines.deepspeed_config(config, WORLD_SIZE))
+        tokens = torch.zeros(1, SEGMENT_LEN, dtype=torch.long)
+        dtype = next(model.parameters()).dtype
+        for _ in range(2):
+            live.peak_bytes = live.num_bytes
+            result = engine([rmt_core.SegmentBatch(tokens, tokens)] * 2, torch.zeros(1, 4, 128, dtype=dtype))
+            engine.backward(result.loss)
+            del result
+            engine.step()
+        return live.peak_bytes
+
+
+def measure(rank: int, port: int, name: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
+    found = {}
+    for stage in STAGES:
+        for precision in PRECISIONS:
+            gc.collect()
+            found[f"{stage} {precision}"] = peak_of(config_of(stage, precision))
+    if rank == 0:
+        Path(name).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    path = tmp_path_factory.mktemp("footprint") / "measured.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(measure, args=(port, str(path)), nprocs=WORLD_SIZE)  # type: ignore[attr-defined]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_estimate_is_within_a_tenth_of_what_training_takes(
+    measured: dict[str, int], stage: int, precision: str
+) -> None:
+    config = config_of(stage, precision)
+    model = outline(described(config), config.model)
+    need = footprint(config, model_size(model), segment_cost(model), stage, WORLD_SIZE)
+    assert need.device_bytes == pytest.approx(measured[f"{stage} {precision}"], rel=0.1)
+
+
+@pytest.mark.parametrize("num_workers", [1, 8])
+def test_states_of_16_bit_weights_are_those_of_deepspeeds_estimators(num_workers: int) -> None:
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    number = 8_000_000_000
+    size, config = ModelSize(number, number, 200_000_000), config_of(precision="bfloat16")
+    need = footprint(config, size, NOTHING, 2, num_workers)
+    _, wanted = estimate_zero2_model_states_mem_needs(number, num_workers, cpu_offload=False)
+    assert need.weights_bytes + need.gradients_bytes + need.optimizer_bytes == wanted
+    need = footprint(config, size, NOTHING, 3, num_workers)
+    _, wanted, largest = estimate_zero3_model_states_mem_needs(
+        number, size.largest_layer, num_workers, cpu_offload=False, cpu_offload_params=False
+    )
+    whole = 2 * 10**9  # what ZeRO 3 keeps whole for its next use; the estimator counts the largest layer alone
+    found = need.weights_bytes + need.gradients_bytes + need.optimizer_bytes
+    assert found - whole == wanted - largest
+
+
+def test_frozen_weights_need_neither_gradients_nor_an_optimiser() -> None:
+    need = footprint(config_of(train="memory"), ModelSize(1000, 10, 100), NOTHING, 2, 1)
+    assert (need.weights_bytes, need.gradients_bytes, need.optimizer_bytes) == (4000, 80, 120)
+
+
+def test_an_offloaded_optimiser_is_on_the_host() -> None:
+    config = build(TrainConfig, {"workers": {"offload_optimizer": True, "precision": "bfloat16"}})
+    size = ModelSize(10**9, 10**9, 10**7)
+    need, without = footprint(config, size, NOTHING, 2, 2), footprint(config_of(2, "bfloat16"), size, NOTHING, 2, 2)
+    assert need.host_bytes == (12 + 6) * 10**9 // 2
+    assert without.device_bytes - need.device_bytes >= 12 * 10**9 // 2
+
+
+def test_activations_grow_with_what_a_mode_keeps() -> None:
+    cost = SegmentCost(0, 0, kept_bytes=100, passing_bytes=10, state_bytes=1)
+    modes: list[tuple[dict[str, Any], int]] = [
+        ({"mode": "full"}, 211),
+        ({"mode": "checkpoint"}, 112),
+        ({"mode": "replay"}, 112),
+        ({"mode": "truncated", "bptt_segments": 1}, 211),  # one backward pass: all activations until then
+        ({"mode": "truncated", "bptt_segments": 1, "exact_depth": True}, 111),
+    ]
+    for gradient, wanted in modes:
+        assert activations_bytes(config_of(**gradient), cost) == wanted
