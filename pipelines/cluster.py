@@ -89,6 +89,15 @@ def _shows_workers(*, default: bool) -> bool:
     return os.environ.get(_SHOW_WORKERS, "1" if default else "0") == "1"
 
 
+def has_cluster() -> bool:
+    """Whether `connect` would find a Ray that is there already, instead of starting one on this machine."""
+    return (
+        ray.is_initialized()
+        or _JOB_VARIABLE in os.environ
+        or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+    )
+
+
 def _runtime_env(*, for_cluster: bool) -> dict[str, Any]:
     """What workers need to import this project: its path here, or its packages sent to the cluster."""
     if for_cluster:

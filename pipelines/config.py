@@ -307,10 +307,12 @@ def run_job(
     description: str,
     base: Mapping[str, Any] | None = None,
     positional: str | None = None,
+    plan: Callable[[ConfigT], dict[str, Any]] | None = None,
 ) -> int:
     """Runs a job as a command and returns its exit code: 0 done, 2 bad input, 1 failed, 130 interrupted.
 
-    The job's result, or with --dry-run its configuration, is the only thing on stdout, as one JSON line.
+    The job's result, or with --dry-run its configuration, is the only thing on stdout, as one JSON line. Where the job
+    has a `plan`, --dry-run shows what that gives too, under the key "plan".
     """
     try:
         config, dry_run = parse(
@@ -321,11 +323,8 @@ def run_job(
             base=base,
             positional=positional,
         )
-        if dry_run:
-            print(canonical_json(config.model_dump(mode="json")), flush=True)
-            return 0
         with _logs_on_stderr(), _stdout_to_stderr():
-            result, code = _result(job, config, prog)
+            result, code = _shown(config, plan) if dry_run else _result(job, config, prog)
         print(canonical_json(result), flush=True)
         return code
     except InputError as error:
@@ -337,6 +336,11 @@ def run_job(
     except Exception:  # the border: everything else becomes a traceback and exit code 1
         traceback.print_exc()
         return 1
+
+
+def _shown(config: ConfigT, plan: Callable[[ConfigT], dict[str, Any]] | None) -> tuple[dict[str, Any], int]:
+    planned = {} if plan is None else {"plan": plan(config)}
+    return config.model_dump(mode="json") | planned, 0
 
 
 def _result(job: Callable[[ConfigT], dict[str, Any]], config: ConfigT, prog: str) -> tuple[dict[str, Any], int]:

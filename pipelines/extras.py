@@ -1,6 +1,7 @@
 """The optional parts of the installation, and what to say where one is missing."""
 
 import importlib.util
+from collections.abc import Sequence
 
 from pipelines.config import InputError
 
@@ -8,15 +9,17 @@ from pipelines.config import InputError
 EXTRAS = {
     "train": ("deepspeed", "tensorboard", "tensorboardX"),
     "serve": ("fastapi", "uvicorn"),
+    "tracking": ("mlflow", "wandb"),
 }
 
 
-def require_extra(extra: str, *, job: str) -> None:
-    """Returns when the modules of `extra` are installed; nothing is imported.
+def require_extra(extra: str, *, job: str, modules: Sequence[str] | None = None) -> None:
+    """Returns when the modules of `extra`, or of those the named `modules`, are installed; nothing is imported.
 
     Raises InputError that names what is missing and the command that installs it.
     """
-    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    wanted = EXTRAS[extra] if modules is None else modules
+    missing = [module for module in wanted if importlib.util.find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise InputError(

@@ -15,11 +15,13 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import contextlib
 import difflib
 import json
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -33,13 +35,20 @@ from tqdm import tqdm
 
 import rmt_core
 from pipelines import storage
-from pipelines.cluster import connect
+from pipelines.cluster import connect, has_cluster
 from pipelines.config import InputError, run_job
+from pipelines.data.tokenise import load_tokenizer
 from pipelines.extras import require_extra
 from pipelines.recipes import RECIPES
 from pipelines.training import checkpoints
+from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, check_same, identity_of
+from pipelines.training.plan import make_plan, tell
+from pipelines.training.probe import probe_texts
 from pipelines.training.settings import TrainConfig, model_config
+from pipelines.training.tracking import check_tracking
+from pipelines.training.visibility import check_storage
+from pipelines.training.weights import save_backbone
 from pipelines.training.worker import make_lanes, open_store, train_worker
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
@@ -58,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"recipes are {', '.join(RECIPES)}"
         print(f"train: error: unknown recipe {name!r}; {hint}", file=sys.stderr)
         return 2
-    return run_job(train, TrainConfig, words, prog="train", description=__doc__.splitlines()[0], base=RECIPES[name])
+    about = __doc__.splitlines()[0]
+    return run_job(train, TrainConfig, words, prog="train", description=about, base=RECIPES[name], plan=plan)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -70,14 +80,40 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if finished is not None:
         log.info("%s is finished with these settings: nothing to do", config.output)
         return finished
-    storage.write_json(storage.join(config.output, "config.json"), config.model_dump(mode="json"))
     with connect():
+        check_storage(config.output, _inputs(config), _resources(config))
+        storage.write_json(storage.join(config.output, "config.json"), config.model_dump(mode="json"))
         metrics = _fit(config)
     model = _publish(config)
     log.info("trained %d steps; the model is in %s", config.num_steps, model)
     result = {"output": config.output, "checkpoint": model, "num_steps": config.num_steps, **metrics}
     storage.write_json(storage.join(config.output, FINISHED), {"identity": identity, "result": result})
     return result
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """What `--dry-run` tells of the run, after the storage was found to be there for all machines. InputError."""
+    require_extra("train", job="train")
+    config = _placed(config)
+    check_tracking(config.report)
+    store = open_store(config)
+    tokenizer = store.load_tokenizer()
+    lanes = make_lanes(config, store, tokenizer)
+    probe_texts(config, store, tokenizer)
+    with connect() if has_cluster() else contextlib.nullcontext():
+        num_nodes = check_storage(config.output, _inputs(config), _resources(config))
+    try:
+        found = make_plan(config, store, lanes, model_config(config, tokenizer, store.segment_len))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    tell(found)
+    return found | {"num_nodes_with_storage": num_nodes}
+
+
+def _inputs(config: TrainConfig) -> list[str]:
+    """What every worker has to read."""
+    resumed = None if config.resume in ("auto", "never") else config.resume
+    return [uri for uri in (config.data, config.model.backbone, config.report.probe_data, resumed) if uri is not None]
 
 
 def _placed(config: TrainConfig) -> TrainConfig:
@@ -90,17 +126,25 @@ def _placed(config: TrainConfig) -> TrainConfig:
     if config.model.backbone is not None:
         backbone = storage.absolute(config.model.backbone)
         found["model"] = config.model.model_copy(update={"backbone": backbone})
-    return config.model_copy(update=found)
+    report: dict[str, Any] = {}
+    if config.report.probe_data is not None:
+        report["probe_data"] = storage.absolute(config.report.probe_data)
+    if config.report.mlflow is not None and "://" not in config.report.mlflow:
+        report["mlflow"] = storage.absolute(config.report.mlflow)
+    return config.model_copy(update=found | {"report": config.report.model_copy(update=report)})
 
 
 def check(config: TrainConfig) -> Identity:
     """Refuses, before anything starts, what cannot work; what the run is."""
+    check_tracking(config.report)
     store = open_store(config)
     tokenizer = store.load_tokenizer()
     make_lanes(config, store, tokenizer)
+    probe_texts(config, store, tokenizer)
     try:
         description = model_config(config, tokenizer, store.segment_len)
         model = rmt_core.build(description)
+        size = model_size(outline(description, config.model))
     except ValueError as error:
         raise InputError(str(error)) from error
     if model.backbone.vocab_size < tokenizer.vocab_size:
@@ -109,8 +153,9 @@ def check(config: TrainConfig) -> Identity:
             f"{tokenizer.vocab_size}; prepare the data with the backbone's tokenizer"
         )
     log.info(
-        "model: %s parameters, memory %s; data: %d documents, %d tokens in segments of %d",
-        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "model: %s parameters, %s trained, memory %s; data: %d documents, %d tokens in segments of %d",
+        f"{size.num_parameters:,}",
+        f"{size.num_trained:,}",
         " + ".join(memory["kind"] for memory in description.memory),
         len(store.manifest),
         sum(document.num_tokens for document in store.manifest),
@@ -321,6 +366,10 @@ def _publish(config: TrainConfig) -> str:
     target = storage.join(config.output, "model")
     with storage.local_directory(storage.join(config.output, _checkpoints(config.output)[-1], "model")) as folder:
         storage.upload_directory(folder, target, marker="config.json")
+        if config.report.backbone:
+            with tempfile.TemporaryDirectory(prefix="rmt-") as name:
+                save_backbone(name, rmt_core.load(folder), load_tokenizer(str(folder)))
+                storage.upload_directory(Path(name), storage.join(config.output, "backbone"), marker="config.json")
     return target
 
 

@@ -21,12 +21,12 @@ def embedded_books(split: str) -> dict[str, str]:
 
 
 class BookStore:
-    """The training books in segments of bytes, as a store made by `prepare` would hold them."""
+    """The books of a split in segments of bytes, as a store made by `prepare` would hold them."""
 
-    def __init__(self, segment_len: int) -> None:
+    def __init__(self, segment_len: int, split: str = "train") -> None:
         self.segment_len = segment_len
         self._tokenizer = ByteTokenizer()
-        self._texts = {name: self._tokenizer.encode(text) for name, text in embedded_books("train").items()}
+        self._texts = {name: self._tokenizer.encode(text) for name, text in embedded_books(split).items()}
         self.manifest = [self._entry(name, tokens) for name, tokens in self._texts.items()]
         self.tokenizer_fingerprint = self._tokenizer.fingerprint
         self.fingerprint = fingerprint([[entry.sha256 for entry in self.manifest], segment_len])

@@ -16,7 +16,6 @@ from torch import distributed as dist
 import rmt_core
 from pipelines import storage
 from pipelines.data.lanes import Window
-from rmt_core.state import State
 
 INDICES = 32  # the loss by segment index is kept for the first so many segments; later ones are counted with the last
 
@@ -33,18 +32,16 @@ class Sums:
     def clear(self) -> None:
         self.by_index = torch.zeros(2, INDICES, dtype=torch.float64)  # nats and labels by segment index
         self.answers = torch.zeros(2, dtype=torch.float64)
-        self.num_tokens = 0
-        self.num_padded = 0
+        self.places = torch.zeros(4, dtype=torch.int64)  # tokens and places for them, segments and places for them
 
     def state(self) -> dict[str, torch.Tensor]:
         """What was added since the last line, as tensors; those of several workers may be added up."""
-        sizes = torch.tensor([self.num_tokens, self.num_padded])
-        return {"by_index": self.by_index, "answers": self.answers, "sizes": sizes}
+        return {"by_index": self.by_index, "answers": self.answers, "places": self.places}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a `state`."""
         self.by_index, self.answers = state["by_index"].clone(), state["answers"].clone()
-        self.num_tokens, self.num_padded = (int(size) for size in state["sizes"])
+        self.places = state["places"].clone()
 
     def add(self, window: Window, nats: torch.Tensor) -> None:
         """A window with the nats (R, K, T) of its labels."""
@@ -55,17 +52,16 @@ class Sums:
         self.by_index[1].index_add_(0, index, asked.sum(-1).flatten().double())
         answers = torch.from_numpy(window.is_answer)
         self.answers += torch.stack([nats[answers].sum(), answers.sum().double()])
-        self.num_tokens += int(window.lengths.sum())
-        self.num_padded += window.tokens.size - int(window.lengths.sum())
+        lengths = window.lengths
+        self.places += torch.tensor([lengths.sum(), window.tokens.size, (lengths > 0).sum(), lengths.size])
 
     def metrics(self, elapsed_s: float) -> Metrics:
         """Means over all workers; every worker calls it, and all begin to sum anew."""
-        sizes = torch.tensor([self.num_tokens, self.num_padded], dtype=torch.float64)
-        flat = torch.cat([self.by_index.flatten(), self.answers, sizes]).to(self.device)
+        flat = torch.cat([self.by_index.flatten(), self.answers, self.places.double()]).to(self.device)
         dist.all_reduce(flat)
         flat = flat.cpu()
-        by_index, (answer_nats, num_answers) = flat[: 2 * INDICES].view(2, INDICES), flat[2 * INDICES : -2].tolist()
-        num_tokens, num_padded = flat[-2:].tolist()
+        by_index, (answer_nats, num_answers) = flat[: 2 * INDICES].view(2, INDICES), flat[2 * INDICES : -4].tolist()
+        num_tokens, token_places, num_segments, segment_places = flat[-4:].tolist()
         self.clear()
         nats, counts = by_index.tolist()
         return {
@@ -73,7 +69,8 @@ class Sums:
             "answer_loss": _mean(answer_nats, num_answers),
             "loss_by_segment": [_mean(n, c) for n, c in zip(nats, counts, strict=True)][: _used(counts)],
             "tokens_per_s": num_tokens / elapsed_s,
-            "padding_fraction": num_padded / max(num_tokens + num_padded, 1),
+            "padding_fraction": 1 - num_tokens / max(token_places, 1),
+            "lane_use_fraction": num_segments / max(segment_places, 1),
         }
 
 
@@ -85,10 +82,12 @@ def _used(counts: list[float]) -> int:
     return max((i + 1 for i, count in enumerate(counts) if count), default=0)
 
 
-def state_norm(state: State) -> float | None:
-    """Root mean square of this worker's states, None where there are none."""
-    norms = rmt_core.state.norm(state)
-    return float(norms.mean()) if len(norms) else None
+def scalars(metrics: Metrics) -> dict[str, float]:
+    """The numbers of a line of metrics by name, the loss of segment 0 as `loss_by_segment/00`; without the step."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float) and name != "step"}
+    losses = enumerate(metrics.get("loss_by_segment", []))
+    numbers |= {f"loss_by_segment/{index:02d}": value for index, value in losses if value is not None}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -124,10 +123,6 @@ class Journal:
             with open(self.uri, "a", encoding="utf-8") as file:
                 file.write(self.lines[-1] + "\n")
         if self.board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float) and math.isfinite(value) and name != "step":
-                    self.board.add_scalar(f"train/{name}", value, metrics["step"])
-            for index, value in enumerate(metrics.get("loss_by_segment", [])):
-                if value is not None:
-                    self.board.add_scalar(f"loss_by_segment/{index:02d}", value, metrics["step"])
+            for name, value in scalars(metrics).items():
+                self.board.add_scalar(name if "/" in name else f"train/{name}", value, metrics["step"])
             self.board.flush()

@@ -31,9 +31,13 @@ from pipelines.training import engine as engines
 from pipelines.training.bell import SILENT, Bell
 from pipelines.training.checkpoints import Part, Progress
 from pipelines.training.identity import Identity, check_same, identity_of
-from pipelines.training.records import Journal, Sums, peak_memory_bytes, state_norm
+from pipelines.training.instruments import Instruments
+from pipelines.training.probe import Texts, probe_texts
+from pipelines.training.records import Journal, Sums
 from pipelines.training.settings import TrainConfig, learning_rate, model_config, next_stage, num_segments_at
 from pipelines.training.steps import Stepper, agree, seed_of
+from pipelines.training.tracking import Tracker, start_trackers
+from pipelines.training.weights import choose_trained, load_trained
 
 
 def open_store(config: TrainConfig) -> SegmentStore | BookStore:
@@ -79,6 +83,8 @@ class Setup(NamedTuple):
     description: rmt_core.ModelConfig
     tokenizer: Tokenizer
     identity: Identity
+    texts: Texts | None  # of probes, of all workers
+    trackers: Sequence[Tracker] = ()  # of the worker that writes
 
 
 class Found(NamedTuple):
@@ -125,6 +131,8 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
 def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
     """What a worker needs to start; the checkpoint stays open as long as the stack. InputError."""
     setup = set_up(config)
+    if dist.get_rank() == 0:
+        setup = setup._replace(trackers=start_trackers(config))
     folder = _checkpoint(config, stack)
     if folder is None:
         return setup, None
@@ -141,7 +149,8 @@ def set_up(config: TrainConfig) -> Setup:
     lanes = make_lanes(config, store, tokenizer)
     numbers = list(range(len(lanes)))[dist.get_rank() :: dist.get_world_size()]
     mine = data.Lanes([lanes[number] for number in numbers], store.segment_len)
-    return Setup(config, numbers, mine, description, tokenizer, identity_of(config, store, description))
+    identity = identity_of(config, store, description)
+    return Setup(config, numbers, mine, description, tokenizer, identity, probe_texts(config, store, tokenizer))
 
 
 def start_run(setup: Setup, found: Found | None) -> "Run":
@@ -149,6 +158,7 @@ def start_run(setup: Setup, found: Found | None) -> "Run":
     config, world_size = setup.config, dist.get_world_size()
     torch.manual_seed(config.seed)
     model = rmt_core.build(setup.description).train()
+    choose_trained(model, config.model)
     universal = found is not None and checkpoints.needs_conversion(found.progress, world_size)
     engine = engines.start_engine(model, config, engines.deepspeed_config(config, world_size, universal=universal))
     run = Run(setup, engine)
@@ -173,6 +183,7 @@ class Run:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.stepper = Stepper(engine, setup.config)
         self.sums = Sums(engine.device)
+        self.instruments = Instruments(setup.config, engine, setup.description, setup.numbers, setup.texts)
         with self._gathered():
             state = rmt_core.state.detach(engine.module.model.init_state(len(setup.numbers)))
             self.state = rmt_core.state.tree_map(torch.clone, state)
@@ -193,6 +204,13 @@ class Run:
 
     def loop(self, monitor: Any) -> None:
         """Steps until the end, or until the monitor says stop; a checkpoint stands for the last step in either case."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.instruments.close)
+            for tracker in self.setup.trackers:
+                stack.callback(tracker.close)
+            self._loop(monitor)
+
+    def _loop(self, monitor: Any) -> None:
         config, every = self.config, self.config.report
         journal = Journal(config.output, self.step) if self.rank == 0 else None
         if self.rank == 0:
@@ -209,6 +227,8 @@ class Run:
                 began = now
                 if journal is not None:
                     journal.write(metrics)
+                    for tracker in self.setup.trackers:
+                        tracker.write(metrics)
                     monitor.tell.remote(metrics)
                 answer_loss = metrics["answer_loss"]
             self.stage = next_stage(config.curriculum, self.stage, self.step, answer_loss)
@@ -224,7 +244,9 @@ class Run:
         windows = self._windows()
         agreed = agree(windows, wishes, self.engine.device)
         rate = learning_rate(self.config.optimizer, self.step, self.config.num_steps)
+        self.instruments.before_step(self.step)
         result = self.stepper.step(windows, self.state, agreed.weight, step=self.step, rate=rate)
+        self.instruments.after_step(self.step, windows, self.state, result.state)
         self.state, self.num_segments = result.state, windows[-1].tokens.shape[1]
         self.step += 1
         for window, nats in zip(windows, result.nats, strict=True):
@@ -242,15 +264,15 @@ class Run:
 
     def _metrics(self, elapsed_s: float) -> dict[str, Any]:
         """What the next line of metrics says; every worker calls it."""
+        sums = self.sums.metrics(elapsed_s)
         return {
             "step": self.step,
             "stage": self.stage,
             "num_segments": self.num_segments,
             "learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.num_steps),
-            **self.sums.metrics(elapsed_s),
+            **sums,
             "gradient_norm": _number(self.engine.get_global_grad_norm()),
-            "state_norm": state_norm(self.state),
-            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            **self.instruments.figures(sums["tokens_per_s"]),
             "num_workers": self.world_size,
         }
 
@@ -264,7 +286,9 @@ class Run:
     def write(self, folder: Path) -> None:
         """This worker's part of a checkpoint of this step; every worker calls it, and all parts make one directory."""
         setup = self.setup
-        self.engine.save_checkpoint(str(folder / "deepspeed"), tag=checkpoints.ENGINE_TAG)
+        self.engine.save_checkpoint(
+            str(folder / "deepspeed"), tag=checkpoints.ENGINE_TAG, exclude_frozen_parameters=True
+        )
         engines.save_portable(folder / "model", self.engine, setup.description, setup.tokenizer)
         if self.rank == 0:
             checkpoints.write_progress(folder, Progress(self.step, self.stage, self.world_size, setup.identity))
@@ -282,7 +306,7 @@ class Run:
             universal = checkpoints.convert(folder) if is_first else checkpoints.universal_directory(folder)
             directory, tag = universal.parent, universal.name
             dist.barrier()
-        self.engine.load_checkpoint(str(directory), tag=tag)
+        self.engine.load_checkpoint(str(directory), tag=tag, custom_load_fn=load_trained)
         dist.barrier()
         if converted and is_first:
             shutil.rmtree(directory / tag, ignore_errors=True)
