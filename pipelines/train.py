@@ -182,6 +182,8 @@ def _earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
         check_same(finished["identity"], identity, f"{config.output} holds a finished run")
         return dict(finished["result"])
     if registered:
+        if not storage.exists(storage.join(config.output, registered[-1], checkpoints.PROGRESS)):
+            raise InputError(f"{config.output} holds a run of an earlier version; give another --output")
         check_same(_progress(config.output).identity, identity, f"{config.output} holds a run")
         log.info("going on with the run in %s from step %d", config.output, _progress(config.output).step)
     for name in names:
@@ -215,7 +217,7 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
         try:
             _fit_until_stuck(config, monitor)
         except BaseException as error:  # carried over to the main thread
-            failure.append(error)
+            failure.append(_cause(error))
 
     thread = threading.Thread(target=fit, daemon=True)  # not the main thread: that one keeps Ctrl-C
     thread.start()
@@ -232,6 +234,15 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
     lines = storage.read_bytes(storage.join(config.output, "metrics.jsonl")).splitlines()
     metrics = json.loads(lines[-1])
     return {name: metrics.get(name) for name in ("loss", "tokens_per_s", "peak_memory_bytes")}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Of a failed run the worker's own complaint, where it is about what the user gave."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner = getattr(failure, "cause", failure)
+        if isinstance(inner, InputError):
+            return inner
+    return error
 
 
 def _fit_until_stuck(config: TrainConfig, monitor: Any) -> None:

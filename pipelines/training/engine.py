@@ -7,7 +7,7 @@ Axes: R rows of a worker, K segments of a window, T tokens of a segment.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,21 @@ def deepspeed_config(config: TrainConfig, world_size: int, *, universal: bool = 
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
+
+
+def load_universal(engine: Any, directory: Path, tag: str, load: Callable[..., None]) -> None:
+    """Load a universal checkpoint into an engine that was started with `universal`; `load` fills the module.
+
+    Under ZeRO-3, DeepSpeed 0.19.8 then gives all groups of parameters the first one's settings and one step counter,
+    which every group counts on: both are put right.
+    """
+    kept = [{name: group[name] for name in group if name != "params"} for group in engine.optimizer.param_groups]
+    engine.load_checkpoint(str(directory), tag=tag, custom_load_fn=load)
+    for group, values in zip(engine.optimizer.param_groups, kept, strict=True):
+        group.update(values)
+    for state in engine.basic_optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def save_portable(directory: Path, engine: Any, config: rmt_core.ModelConfig, tokenizer: Any) -> None:

@@ -43,6 +43,8 @@ def check_same(old: Identity, new: Identity, what: str) -> None:
     """InputError that names what differs and how; `what` is the old one: "runs/a holds a run"."""
     if old == new:
         return
+    if not isinstance(old, Mapping):
+        raise InputError(f"{what} of an earlier version; give another --output to begin anew")
     found = list(_changes(old["settings"], new["settings"], ""))
     if old["data"] != new["data"]:
         found += _changes(old["data"], new["data"], "the data's ")

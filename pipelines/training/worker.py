@@ -299,17 +299,17 @@ class Run:
 
     def restore(self, folder: Path, progress: Progress) -> None:
         """Go on from a checkpoint, whoever wrote it; every worker calls it."""
-        directory, tag = folder / "deepspeed", checkpoints.ENGINE_TAG
-        converted = checkpoints.needs_conversion(progress, self.world_size)
-        is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, as Ray Train says
-        if converted:
-            universal = checkpoints.convert(folder) if is_first else checkpoints.universal_directory(folder)
-            directory, tag = universal.parent, universal.name
+        if checkpoints.needs_conversion(progress, self.world_size):
+            is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, as Ray Train says
+            converted = checkpoints.convert(folder) if is_first else checkpoints.universal_directory(folder)
             dist.barrier()
-        self.engine.load_checkpoint(str(directory), tag=tag, custom_load_fn=load_trained)
-        dist.barrier()
-        if converted and is_first:
-            shutil.rmtree(directory / tag, ignore_errors=True)
+            engines.load_universal(self.engine, converted.parent, converted.name, load_trained)
+            dist.barrier()
+            if is_first:
+                shutil.rmtree(converted, ignore_errors=True)
+        else:
+            directory = str(folder / "deepspeed")
+            self.engine.load_checkpoint(directory, tag=checkpoints.ENGINE_TAG, custom_load_fn=load_trained)
         part = checkpoints.read_part(folder, self.rank, self.world_size, self.setup.numbers, progress)
         self.state = rmt_core.state.to(part.memory, self.engine.device)
         self.step, self.stage = progress.step, progress.stage

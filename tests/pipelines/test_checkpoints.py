@@ -1,0 +1,176 @@
+"""Checkpoints of a run: the same number of workers goes on to the bit, another one as closely as sums allow."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from pipelines.config import InputError, build
+from pipelines.data.books import BookStore
+from pipelines.training import checkpoints
+from pipelines.training.checkpoints import Part, Progress
+from pipelines.training.identity import check_same, identity_of
+from pipelines.training.settings import TrainConfig, model_config
+from pipelines.training.worker import Found, Run, set_up, start_run
+
+STAGES, MIDDLE, STEPS = (0, 1, 2, 3), 2, 4
+
+
+def settings(zero_stage: int, **changes: Any) -> TrainConfig:
+    return build(
+        TrainConfig,
+        {
+            "batch_size": 4,
+            "segment_len": 48,
+            "model": {"width": 32, "feed_forward_width": 48, "memory": {"kind": "rmt", "num_tokens": 2}},
+            "optimizer": {"warmup_steps": 1, "accumulation_steps": 2},
+            "curriculum": {"num_segments": [2, 3], "steps": [1, 3]},
+            "dataset": {"piece_segments": 5, "recall_fraction": 0.25},
+            "workers": {"num_workers": 2, "zero_stage": zero_stage},
+        }
+        | changes,
+    )
+
+
+def run_of(config: TrainConfig, folder: Path | None) -> Run:
+    """A run at its start, or at the checkpoint in `folder`."""
+    return start_run(set_up(config), None if folder is None else Found(folder, checkpoints.read_progress(folder)))
+
+
+def worker(rank: int, world_size: int, port: int, root: str, others: tuple[int, ...]) -> None:
+    """Runs with `world_size` workers: whole ones, with a checkpoint on the way, and the rest of those of `others`."""
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))  # as Ray Train sets them
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    for stage in STAGES:
+        config = settings(stage)
+        folder = Path(root) / f"zero{stage}"
+        run = run_of(config, None)
+        for step in range(STEPS):
+            if step == MIDDLE:
+                run.write(folder / f"middle{world_size}")
+            run.advance()
+        run.write(folder / f"whole{world_size}")
+        for other in others:
+            rest = run_of(config, folder / f"middle{other}")
+            assert rest.step == MIDDLE
+            for _ in range(STEPS - MIDDLE):
+                rest.advance()
+            rest.write(folder / f"rest{other}on{world_size}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every stage: runs of one and of two workers, and what became of their middles with one and with two."""
+    root = tmp_path_factory.mktemp("runs")
+    for world_size, others in ((2, (2,)), (1, (1, 2)), (2, (1,))):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = (world_size, port, str(root), others)
+        multiprocessing.spawn(worker, args=arguments, nprocs=world_size)  # type: ignore[attr-defined]
+    return root
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def memory(folder: Path) -> dict[int, torch.Tensor]:
+    """Lane -> its state, read as a third worker more would."""
+    progress = checkpoints.read_progress(folder)
+    part = checkpoints.read_part(folder, 0, 3, range(4), progress)
+    return dict(enumerate(part.memory.unbind(0)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_same_number_of_workers_goes_on_to_the_bit(runs: Path, stage: int, num_workers: int) -> None:
+    folder = runs / f"zero{stage}"
+    rest, whole = folder / f"rest{num_workers}on{num_workers}", folder / f"whole{num_workers}"
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(rest)[name], tensor), name
+    for lane, state in memory(whole).items():
+        assert torch.equal(memory(rest)[lane], state)
+    for part in sorted(whole.glob("worker_*.json")):
+        assert json.loads(part.read_text()) == json.loads((rest / part.name).read_text())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_workers_goes_on_the_same_way(runs: Path, stage: int, before: int, after: int) -> None:
+    """The same rows summed in another order: roundings of float32, which AdamW's division by the root of the second
+    moment makes 1e-8 (measured) after two steps. A moment, step counter or weight decay lost would show as 4e-5."""
+    folder = runs / f"zero{stage}"
+    rest, whole, middle = folder / f"rest{before}on{after}", folder / f"whole{before}", folder / f"middle{before}"
+    moved = 0.0
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(rest)[name], tensor, atol=1e-6, rtol=0)
+        moved = max(moved, float((tensor - weights(middle)[name]).abs().max()))
+    assert moved > 1e-3
+    for lane, state in memory(whole).items():
+        torch.testing.assert_close(memory(rest)[lane], state, atol=1e-4, rtol=0)
+    cursors: list[dict[str, Any]] = [{}, {}]
+    for found, place in zip(cursors, (rest, whole), strict=True):
+        for part in place.glob("worker_*.json"):
+            found |= json.loads(part.read_text())["cursors"]
+    assert cursors[0] == cursors[1]
+
+
+def test_parts_go_where_their_lanes_go(tmp_path: Path) -> None:
+    identity = {"settings": {}, "data": {}, "model": {}}
+    numbers = {0: [0, 2, 4], 1: [1, 3]}
+    for rank, mine in numbers.items():
+        rows = torch.tensor(mine, dtype=torch.float32)[:, None]
+        sums = {"sizes": torch.tensor([rank + 1])}
+        part = Part({"a": rows}, [[number] for number in mine], sums, checkpoints.random_states(torch.device("cpu")))
+        checkpoints.write_part(tmp_path, rank, mine, part, identity)
+    progress = Progress(7, 1, 2, identity)
+    for rank, mine in ((0, [0, 3]), (1, [1, 4]), (2, [2])):
+        part = checkpoints.read_part(tmp_path, rank, 3, mine, progress)
+        assert part.memory["a"].flatten().tolist() == mine
+        assert part.cursors == [[number] for number in mine]
+        assert part.sums["sizes"].tolist() == [0 if rank else 3]
+        assert part.random is None
+    same = checkpoints.read_part(tmp_path, 1, 2, [1, 3], progress)
+    assert same.random is not None
+    assert same.sums["sizes"].tolist() == [2]
+    blob = bytearray((tmp_path / "worker_00001.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (tmp_path / "worker_00001.safetensors").write_bytes(blob)
+    with pytest.raises(InputError, match="worker_00001.safetensors: not a state"):
+        checkpoints.read_part(tmp_path, 1, 2, [1, 3], progress)
+
+
+def test_what_changed_is_named() -> None:
+    store = BookStore(48)
+    config = settings(2)
+
+    def identity(config: TrainConfig, store: BookStore) -> dict[str, Any]:
+        return identity_of(config, store, model_config(config, store.load_tokenizer(), store.segment_len))
+
+    old = identity(config, store)
+    check_same(old, identity(settings(2, output="elsewhere", report={"log_every": 3}), store), "it")
+    check_same(old, identity(settings(2, workers={"num_workers": [1, 4], "max_failures": 9}), store), "it")
+    with pytest.raises(InputError, match="it with other settings or data: seed 0 -> 3[.] Give the old ones"):
+        check_same(old, identity(settings(2, seed=3), store), "it")
+    changed = settings(2, gradient={"mode": "replay"}, optimizer={"learning_rate": 1.0})
+    with pytest.raises(InputError, match="gradient.mode full -> replay; .*learning_rate 0.002 -> 1.0"):
+        check_same(old, identity(changed, store), "it")
+    shorter = BookStore(40)
+    with pytest.raises(InputError, match="the data's fingerprint [0-9a-f]{16}... -> .*the data's segment_len 48 -> 40"):
+        check_same(old, identity(config, shorter), "it")
+    wider = old | {"model": json.loads(json.dumps(old["model"]))}
+    wider["model"]["backbone"]["hidden_size"] = 99
+    with pytest.raises(InputError, match="the model's backbone.hidden_size 32 -> 99"):
+        check_same(old, wider, "it")
