@@ -5,7 +5,8 @@
 Reads .txt, .txt.gz, .jsonl (`text`, optional `id`) and .parquet (columns `text`, optional `id`) from disk or
 s3://. A document stays whole and in order in one Parquet file; nothing of it is truncated, and what cannot be
 read exactly goes to errors.jsonl. The same command again does nothing; other settings on the same output are
-refused; an interrupted run is done again.
+refused. An interrupted run, however it ended, is gone on with by the same command: work units that are finished are
+kept, and the store is the same to the byte as that of a run that was not interrupted.
 """
 
 import sys
@@ -16,24 +17,25 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
 
 import json
 import logging
-import re
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pydantic
+import ray
 import ray.data
 
 from pipelines import storage
 from pipelines.cluster import connect
 from pipelines.config import Config, Count, InputError, StrictError, fingerprint, run_job
-from pipelines.data import inputs, segment, store
+from pipelines.data import inputs, progress, segment, store
+from pipelines.data.batches import BATCH_CHARS, Batch, pieces_of
 from pipelines.data.inputs import InputFile
+from pipelines.data.pieces import Encoded
 from pipelines.data.read import SUFFIXES
 from pipelines.data.segment import Unit, UnitResult
-from pipelines.data.store import DocumentEntry, ErrorEntry
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.storage import FileEntry
 
@@ -41,11 +43,6 @@ log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.prepa
 
 _REPORT_S = 10.0  # between progress lines
 _SHOWN_KEYS = ("num_documents", "num_segments", "num_tokens", "num_errors", "num_bytes", "num_files", "errors")
-_OWN_NAMES = re.compile(
-    r"(segments-\d{5,}\.parquet|manifest\.parquet|errors\.jsonl|inputs\.json|tokenizer(_config)?\.json"
-    r"|store(\.partial)?\.json)"
-)
-_TEMPORARY_NAMES = re.compile(rf"\.({_OWN_NAMES.pattern})\.[0-9a-f]{{8}}\.tmp")
 
 
 class PrepareConfig(Config):
@@ -76,14 +73,16 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     content = store.read_store_json(output)
     if content is not None:
         _refuse_other_use(output, content, config, tokenizer, files)
+        progress.clear(output)
         log.info("%s is already made from this input with these settings: nothing to do", output)
     else:
-        left = _left_by_interrupted_run(output)
         units = _units(files, output, config.segment_len, tokenizer)
+        identity = fingerprint([_settings(config.segment_len, tokenizer.fingerprint), files])
+        stale = progress.stale(output, identity, len(units))
         log.info("reading %d files as %d work units", len(files), len(units))
         with connect(config.num_cpus):
-            _begin(output, config, tokenizer, left)
-            results = _drop_later_duplicates(output, _run(units))
+            _begin(output, {"identity": identity, "config": _saved(config)}, tokenizer, stale)
+            results = _drop_later_duplicates(units, _run(units))
         content = _finish(output, config, tokenizer, results)
     return _summary(output, content, strict=config.strict)
 
@@ -115,28 +114,14 @@ def _refuse_other_use(
         )
 
 
-def _left_by_interrupted_run(output: str) -> list[str]:
-    """The names of files to clear away; InputError where the output holds anything that is not ours."""
-    if storage.exists(output) and not storage.is_directory(output):
-        raise InputError(f"{output} is a file; --output needs a directory")
-    names = storage.list_names(output)
-    whole = [name for name in names if not _TEMPORARY_NAMES.fullmatch(name)]
-    foreign = [name for name in whole if not _OWN_NAMES.fullmatch(name)]
-    if foreign or (whole and store.PARTIAL not in whole):
-        raise InputError(
-            f"{output} is not empty and no segment store (it holds {(foreign or whole)[0]}); give another --output"
-        )
-    return names
+def _begin(output: str, about: dict[str, Any], tokenizer: Tokenizer, stale: list[str]) -> None:
+    """Clears what is of no use, says that a store is being made, and puts the tokenizer there.
 
-
-def _begin(output: str, config: PrepareConfig, tokenizer: Tokenizer, left: list[str]) -> None:
-    """Says that a store is being made, clears what an interrupted run left, and puts the tokenizer there."""
-    if left:
-        log.info("%s holds an interrupted run: it is done again", output)
-    storage.write_json(storage.join(output, store.PARTIAL), _saved(config))
-    for name in left:
-        if name != store.PARTIAL:
-            storage.delete(storage.join(output, name))
+    In this order: what says that units are finished must not outlive the settings that they were made with.
+    """
+    for name in stale:
+        storage.delete(storage.join(output, name))
+    storage.write_json(storage.join(output, store.PARTIAL), about)
     with tempfile.TemporaryDirectory(prefix="rmt-") as directory:
         tokenizer.save_pretrained(directory)
         for path in sorted(Path(directory).iterdir()):
@@ -153,16 +138,28 @@ def _units(files: list[FileEntry], output: str, segment_len: int, tokenizer: Tok
 
 def _run(units: list[Unit]) -> list[UnitResult]:
     """Every unit's result, in order."""
+    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    items = [{**unit._asdict(), "in_flight": _in_flight(unit, len(units), num_cpus)} for unit in units]
     results: list[UnitResult] = []
     last_report = time.monotonic()
-    for item in _map(_write_unit, [unit._asdict() for unit in units]):
-        results.append(_unit_result(item))
+    for content in _map(_write_unit, items):
+        results.append(progress.unit_result(content))
         if time.monotonic() - last_report > _REPORT_S or len(results) == len(units):
             last_report = time.monotonic()
             done = [document for result in results for document in result.documents]
             megabytes = sum(document.num_bytes for document in done) / 1e6
             log.info("%d of %d units: %d documents, %.1f MB", len(results), len(units), len(done), megabytes)
     return sorted(results, key=lambda result: result.number)
+
+
+def _in_flight(unit: Unit, num_units: int, num_cpus: int) -> int:
+    """How many batches of a unit other workers tokenise at a time; 0: its own worker does all.
+
+    A unit is spread where it is so long that it would be the last to end, or where units are fewer than cores.
+    """
+    num_bytes = sum(max(0, file.num_bytes) for file in unit.files)
+    few = num_units < num_cpus and num_bytes >= 4 * BATCH_CHARS
+    return 2 * num_cpus if few or num_bytes > inputs.UNIT_BYTES else 0
 
 
 def _map(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
@@ -174,44 +171,77 @@ def _map(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
 
 
 def _write_unit(item: dict[str, Any]) -> dict[str, Any]:
-    files = [FileEntry(*file) for file in item.pop("files")]
-    return segment.write_unit(Unit(files=files, **item))._asdict()
+    """What becomes of a unit, made now or found finished."""
+    in_flight = item.pop("in_flight")
+    unit = _unit(item)
+    done = progress.load_unit(unit)
+    if done is None:
+        spread = _Spread(unit, in_flight) if in_flight else None
+        done = segment.write_unit(unit, spread)
+        progress.save_unit(unit, done)
+        if spread is not None:
+            spread.forget()
+    return done._asdict()
 
 
-def _unit_result(item: dict[str, Any]) -> UnitResult:
-    return UnitResult(
-        item["number"],
-        [DocumentEntry(*entry) for entry in item["documents"]],
-        [ErrorEntry(*entry) for entry in item["errors"]],
-        [InputFile(*entry) for entry in item["inputs"]],
-    )
+def _unit(item: dict[str, Any]) -> Unit:
+    return Unit(**{**item, "files": [FileEntry(*file) for file in item["files"]]})
 
 
-def _drop_later_duplicates(output: str, results: list[UnitResult]) -> list[UnitResult]:
+class _Spread:
+    """Tokenises the batches of one unit on all workers, and keeps their tokens until the unit is finished."""
+
+    def __init__(self, unit: Unit, in_flight: int) -> None:
+        self._unit = unit
+        self._in_flight = in_flight
+        self._kept = set(storage.list_names(unit.output))  # of an interrupted run
+        self._names: list[str] = []
+        self._encode = ray.remote(progress.encode_and_save)
+
+    def __call__(self, found: Iterable[Batch]) -> Iterator[tuple[Batch, Sequence[Encoded]]]:
+        waiting: deque[tuple[Batch, Any]] = deque()
+        for batch in found:
+            waiting.append((batch, self._begin(batch)))
+            if len(waiting) > self._in_flight:
+                yield self._finished(*waiting.popleft())
+        while waiting:
+            yield self._finished(*waiting.popleft())
+
+    def _begin(self, batch: Batch) -> Any:
+        """The tokens of a batch, or a reference to them."""
+        pieces = pieces_of(batch)
+        if not pieces:
+            return []
+        name = progress.tokens_name(self._unit, pieces)
+        self._names.append(name)
+        found = progress.load_tokens(storage.join(self._unit.output, name)) if name in self._kept else None
+        return self._encode.remote(self._unit, pieces, name) if found is None else found
+
+    def _finished(self, batch: Batch, tokens: Any) -> tuple[Batch, Sequence[Encoded]]:
+        return batch, ray.get(tokens) if isinstance(tokens, ray.ObjectRef) else tokens
+
+    def forget(self) -> None:
+        """Deletes what is kept, now that the unit is finished."""
+        there = set(storage.list_names(self._unit.output))
+        for name in there.intersection(self._names):
+            storage.delete(storage.join(self._unit.output, name))
+
+
+def _drop_later_duplicates(units: list[Unit], results: list[UnitResult]) -> list[UnitResult]:
     """Takes documents whose id an earlier unit has out of their files, and reports them."""
     drop = segment.later_duplicates(results)
-    items = [
-        [number, storage.join(output, store.part_name(number)), results[number].documents, sorted(ids)]
-        for number, ids in drop.items()
-    ]
-    rewritten = dict(_map(_rewrite, items)) if items else {}
-    out = []
-    for result in results:
-        ids = drop.get(result.number, set())
-        late = [document for document in result.documents if document.document_id in ids]
-        faults = [segment.duplicate(document.document_id, None) for document in late]
-        errors = [
-            ErrorEntry(document.source, fault.document_id, fault.line, fault.kind, fault.reason)
-            for document, fault in zip(late, faults, strict=True)
-        ]
-        kept = [DocumentEntry(*entry) for entry in rewritten.get(result.number, result.documents)]
-        out.append(result._replace(documents=kept, errors=result.errors + errors))
-    return out
+    items = [[units[number]._asdict(), results[number]._asdict(), sorted(ids)] for number, ids in drop.items()]
+    rewritten = [progress.unit_result(content) for content in _map(_rewrite, items)] if items else []
+    changed = {result.number: result for result in rewritten}
+    return [changed.get(result.number, result) for result in results]
 
 
-def _rewrite(item: list[Any]) -> list[Any]:
-    number, uri, documents, ids = item
-    return [number, store.without_documents(uri, [DocumentEntry(*entry) for entry in documents], set(ids))]
+def _rewrite(item: list[Any]) -> dict[str, Any]:
+    """A unit without some documents; ended between the two writes, the unit is made once more."""
+    unit, content, ids = item
+    result = segment.without_documents(unit["output"], progress.unit_result(content), set(ids))
+    progress.save_unit(_unit(unit), result)
+    return result._asdict()
 
 
 # --- the end ----------------------------------------------------------------------------------------
@@ -241,13 +271,13 @@ def _finish(output: str, config: PrepareConfig, tokenizer: Tokenizer, results: l
         "config": _saved(config),
     }
     storage.write_json(storage.join(output, store.STORE), content)
-    storage.delete(storage.join(output, store.PARTIAL))
+    progress.clear(output)
     return content
 
 
 def _saved(config: PrepareConfig) -> dict[str, Any]:
-    """The configuration but for how many cores did it, which must not show in what is made."""
-    return config.model_dump(mode="json", exclude={"num_cpus"})
+    """The configuration, but for what must not show in what is made: where it lies and how many cores did it."""
+    return config.model_dump(mode="json", exclude={"num_cpus", "output"})
 
 
 def _summary(output: str, content: dict[str, Any], *, strict: bool) -> dict[str, Any]:

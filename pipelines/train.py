@@ -113,14 +113,15 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 def _inputs(config: TrainConfig) -> list[str]:
     """What every worker has to read."""
     resumed = None if config.resume in ("auto", "never") else config.resume
-    return [uri for uri in (config.data, config.model.backbone, config.report.probe_data, resumed) if uri is not None]
+    named = (*(config.data or []), config.model.backbone, config.report.probe_data, resumed)
+    return [uri for uri in named if uri is not None]
 
 
 def _placed(config: TrainConfig) -> TrainConfig:
     """The configuration with absolute paths: workers run in other folders."""
     found: dict[str, Any] = {"output": storage.absolute(config.output)}
     if config.data is not None:
-        found["data"] = storage.absolute(config.data)
+        found["data"] = [storage.absolute(uri) for uri in config.data]
     if config.resume not in ("auto", "never"):
         found["resume"] = storage.absolute(config.resume)
     if config.model.backbone is not None:
@@ -139,7 +140,7 @@ def check(config: TrainConfig) -> Identity:
     check_tracking(config.report)
     store = open_store(config)
     tokenizer = store.load_tokenizer()
-    make_lanes(config, store, tokenizer)
+    lanes = make_lanes(config, store, tokenizer)
     probe_texts(config, store, tokenizer)
     try:
         description = model_config(config, tokenizer, store.segment_len)
@@ -161,6 +162,8 @@ def check(config: TrainConfig) -> Identity:
         sum(document.num_tokens for document in store.manifest),
         store.segment_len,
     )
+    for source in {id(lane.source): lane.source for lane in lanes}.values():
+        log.info("%s", source.describe())
     return identity_of(config, store, description)
 
 

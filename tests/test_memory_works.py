@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rmt_core
-from pipelines.data import lanes
+from pipelines.data import lanes, planted
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import TASKS, recall
 from pipelines.tasks.base import Material
@@ -34,8 +34,8 @@ def train(seed: int) -> rmt_core.RecurrentModel:
     memory = {"kind": "rmt", "num_tokens": 4}
     model = rmt_core.build(backbone=backbone, memory=memory, segment_len=SEGMENT_LEN).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3, betas=(0.9, 0.95))
-    source = lanes.RecallSource(TOKENIZER, recall.noise(TOKENIZER), seed=seed, text_weight=0.0, answer_weight=1.0)
-    rows = lanes.Lanes([lanes.RecallLane(source, number) for number in range(BATCH_SIZE)], SEGMENT_LEN)
+    source = planted.RecallSource(TOKENIZER, recall.noise(TOKENIZER), seed=seed, text_weight=0.0, answer_weight=1.0)
+    rows = lanes.Lanes([planted.RecallLane(source, number) for number in range(BATCH_SIZE)], SEGMENT_LEN)
     drawn = torch.Generator().manual_seed(seed)
     most, loss, left = 1, 3.0, LAST_STEPS
     for step in range(MOST_STEPS):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import core, memory
+from . import core, ingest, memory
 from .measuring import Job
 
 
@@ -14,4 +14,8 @@ class Benchmark(NamedTuple):
     sizes: Callable[[str, bool], Any]
 
 
-BENCHMARKS = {"core": Benchmark(core.core, core.sizes), "memory": Benchmark(memory.memory, memory.sizes)}
+BENCHMARKS = {
+    "core": Benchmark(core.core, core.sizes),
+    "memory": Benchmark(memory.memory, memory.sizes),
+    "ingest": Benchmark(ingest.ingest, ingest.sizes),
+}

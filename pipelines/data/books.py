@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from pipelines.config import fingerprint
+from pipelines.data.plan import Share
 from pipelines.data.store import DocumentEntry
 from pipelines.data.tokenise import ByteTokenizer
 
@@ -22,6 +24,8 @@ def embedded_books(split: str) -> dict[str, str]:
 
 class BookStore:
     """The books of a split in segments of bytes, as a store made by `prepare` would hold them."""
+
+    shares: Sequence[Share] = ()
 
     def __init__(self, segment_len: int, split: str = "train") -> None:
         self.segment_len = segment_len

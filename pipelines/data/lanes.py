@@ -1,21 +1,18 @@
 """Lanes: the rows of a training batch, each following documents segment by segment.
 
 A run has a fixed number of lanes, numbered globally; worker r of W reads lanes r, r + W, ... so that the order of the
-data does not depend on W. A lane reads documents of a segment store one after another, or texts with planted facts.
+data does not depend on W. A lane reads documents of a segment store one after another, or windows drawn anywhere in
+them (`sampling.py`), or texts with planted facts (`planted.py`).
 
 Axes: R lanes of a worker, K segments of a window, T tokens of a segment.
 """
 
-import heapq
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pipelines.config import InputError
-from pipelines.data.store import DocumentEntry
-from pipelines.tasks import recall
+from pipelines.data.plan import Blend, Figures, Piece, Reads, cut_pieces, figures, plan
 
 IGNORED = -100  # a label that is not asked for
 
@@ -27,21 +24,9 @@ class Window(NamedTuple):
     labels: np.ndarray  # (R, K, T) int64, the next token or -100
     weights: np.ndarray  # (R, K, T) float32 of the labels in the loss
     lengths: np.ndarray  # (R, K) int64 real tokens
-    reset: np.ndarray  # (R, K) bool, a document begins here
-    segment_index: np.ndarray  # (R, K) int64, the segment's number in its document
+    reset: np.ndarray  # (R, K) bool, a document or a piece of one begins here
+    segment_index: np.ndarray  # (R, K) int64, the segment's number since the last reset
     is_answer: np.ndarray  # (R, K, T) bool, the label is the answer to a planted question
-
-
-class Piece(NamedTuple):
-    """Consecutive segments of a document that a lane reads without a reset."""
-
-    document: int  # place in the store's manifest
-    start: int  # first segment
-    stop: int  # behind the last one
-
-    @property
-    def num_segments(self) -> int:
-        return self.stop - self.start
 
 
 class Cursor(NamedTuple):
@@ -52,52 +37,55 @@ class Cursor(NamedTuple):
     segment: int = 0  # of the piece
 
 
-class Reads(Protocol):
-    """The part of a segment store that lanes need."""
+class Describes(Protocol):
+    """What the lanes of one kind have in common."""
 
-    segment_len: int
-    manifest: list[DocumentEntry]
-
-    def read(self, document: DocumentEntry, start: int, stop: int) -> np.ndarray: ...
+    def describe(self) -> str: ...  # what they read, in a line
 
 
-def cut_pieces(manifest: Sequence[DocumentEntry], max_segments: int | None) -> list[Piece]:
-    """Documents whole, or in pieces of at most `max_segments` segments."""
-    pieces = []
-    for number, document in enumerate(manifest):
-        size = max_segments or document.num_segments
-        for start in range(0, document.num_segments, size):
-            pieces.append(Piece(number, start, min(start + size, document.num_segments)))
-    return pieces
+class Lane(Protocol):
+    """A row of the batch."""
+
+    number: int
+
+    @property
+    def source(self) -> Describes: ...
+
+    def fill(self, window: Window, row: int, step: int) -> None: ...
 
 
-def plan(pieces: Sequence[Piece], num_lanes: int, epoch: int, seed: int) -> list[list[Piece]]:
-    """Each lane's pieces in an epoch: the longest first to the lane with the least, then a seeded order in the lane.
+class Passage(NamedTuple):
+    """Consecutive segments of one document."""
 
-    Depends on nothing but its arguments. Raises InputError when a lane would have nothing to read.
-    """
-    if len(pieces) < num_lanes:
-        raise InputError(
-            f"{len(pieces)} documents cannot fill {num_lanes} lanes; set batch_size to at most {len(pieces)} "
-            "(beside the lanes of planted facts), or follow long documents in pieces: data.piece_segments N"
-        )
-
-    def order(piece: Piece) -> bytes:
-        return blake2b(f"{seed}/{epoch}/{piece.document}/{piece.start}".encode(), digest_size=8).digest()
-
-    loads = [(0, lane) for lane in range(num_lanes)]
-    lanes: list[list[Piece]] = [[] for _ in range(num_lanes)]
-    for piece in sorted(pieces, key=lambda piece: (-piece.num_segments, order(piece))):
-        load, lane = heapq.heappop(loads)
-        lanes[lane].append(piece)
-        heapq.heappush(loads, (load + piece.num_segments, lane))
-    return [sorted(lane, key=order) for lane in lanes]
+    document: int  # place in the store's manifest
+    start: int  # first segment
+    stop: int  # behind the last one
+    num_before: int  # segments since the last reset; 0: here is one
 
 
-def padding_fraction(lanes: Sequence[Sequence[Piece]]) -> float:
-    """How much less than the fullest lane the others read in an epoch, on average, in [0, 1]."""
-    loads = [sum(piece.num_segments for piece in lane) for lane in lanes]
-    return 1 - sum(loads) / (max(loads) * len(loads))
+def put(store: Reads, eos_id: int | None, passage: Passage, window: Window, place: tuple[int, int]) -> None:
+    """Writes a passage into a window, from (row, segment) on; a document's last token predicts `eos_id`, if any."""
+    row, first = place
+    tokens, labels = _text(store, eos_id, passage)
+    for i in range(passage.stop - passage.start):
+        part = slice(i * store.segment_len, (i + 1) * store.segment_len)
+        size = len(tokens[part])
+        window.tokens[row, first + i, :size] = tokens[part]
+        window.labels[row, first + i, :size] = labels[part]
+        window.weights[row, first + i, :size] = labels[part] != IGNORED
+        window.lengths[row, first + i] = size
+        window.segment_index[row, first + i] = passage.num_before + i
+    window.reset[row, first] = passage.num_before == 0
+
+
+def _text(store: Reads, eos_id: int | None, passage: Passage) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels of a passage."""
+    document = store.manifest[passage.document]
+    tokens = store.read(document, passage.start, min(passage.stop + 1, document.num_segments))
+    size = min((passage.stop - passage.start) * store.segment_len, len(tokens))
+    end = IGNORED if eos_id is None else eos_id
+    following = np.append(tokens[1 : size + 1], end)[:size]
+    return tokens[:size], following
 
 
 class DocumentLane:
@@ -110,22 +98,14 @@ class DocumentLane:
 
     def fill(self, window: Window, row: int, step: int) -> None:
         """Write the lane's next K segments into row `row`."""
-        num_segments, segment_len = window.tokens.shape[1:]
+        num_segments = window.tokens.shape[1]
         filled = 0
         while filled < num_segments:
             piece = self.source.lane(self.number, self.cursor.epoch)[self.cursor.piece]
             at = self.cursor.segment
             count = min(num_segments - filled, piece.num_segments - at)
-            tokens, labels = self.source.text(piece, piece.start + at, piece.start + at + count)
-            for i in range(count):
-                part = slice(i * segment_len, (i + 1) * segment_len)
-                size = len(tokens[part])
-                window.tokens[row, filled + i, :size] = tokens[part]
-                window.labels[row, filled + i, :size] = labels[part]
-                window.weights[row, filled + i, :size] = labels[part] != IGNORED
-                window.lengths[row, filled + i] = size
-                window.segment_index[row, filled + i] = at + i
-            window.reset[row, filled] = at == 0
+            passage = Passage(piece.document, piece.start + at, piece.start + at + count, at)
+            put(self.source.store, self.source.eos_id, passage, window, (row, filled))
             filled += count
             self._advance(count)
 
@@ -149,127 +129,41 @@ class DocumentSource:
     ) -> None:
         self.store = store
         self.eos_id = eos_id
-        self.pieces = cut_pieces(store.manifest, piece_segments)
         self.num_lanes = num_lanes
         self.seed = seed
+        self._pieces = cut_pieces(store.manifest, piece_segments)
+        self._blend = Blend(self._pieces, store.shares, num_lanes, seed) if store.shares else None
         self._plans: dict[int, list[list[Piece]]] = {}
 
     def lane(self, number: int, epoch: int) -> list[Piece]:
         """What lane `number` reads in an epoch."""
+        return self._plan(epoch)[number]
+
+    def figures(self) -> Figures:
+        """Of the first epoch."""
+        return figures(self.store, self._plan(0))
+
+    def describe(self) -> str:
+        """What the lanes read and what of it is waste, in a line."""
+        found = self.figures()
+        return (
+            f"{found.num_lanes} rows follow {found.num_pieces} pieces of documents, {found.least_segments} to "
+            f"{found.most_segments} segments a row and epoch; {found.padding_fraction:.1%} of it is padding"
+        )
+
+    def _plan(self, epoch: int) -> list[list[Piece]]:
         if epoch not in self._plans:
-            self._plans = {epoch: plan(self.pieces, self.num_lanes, epoch, self.seed)} | {
+            pieces = self._pieces if self._blend is None else self._blend.pieces(epoch)
+            self._plans = {epoch: plan(pieces, self.num_lanes, epoch, self.seed)} | {
                 kept: lanes for kept, lanes in self._plans.items() if kept >= epoch - 1
             }
-        return self._plans[epoch][number]
-
-    def text(self, piece: Piece, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels of segments [start, stop); a document's last token predicts the end token, if any."""
-        document = self.store.manifest[piece.document]
-        tokens = self.store.read(document, start, min(stop + 1, document.num_segments))
-        size = min((stop - start) * self.store.segment_len, len(tokens))
-        end = IGNORED if self.eos_id is None else self.eos_id
-        following = np.append(tokens[1 : size + 1], end)[:size]
-        return tokens[:size], following
-
-
-class RecallLane:
-    """Texts with a planted fact and a question at the end, each exactly as long as a window; drawn anew each step."""
-
-    def __init__(self, source: "RecallSource", number: int) -> None:
-        self.source = source
-        self.number = number
-
-    def fill(self, window: Window, row: int, step: int) -> None:
-        """Write the text of this step into row `row`."""
-        num_segments, segment_len = window.tokens.shape[1:]
-        sample = self.source.draw(step, self.number, num_segments, segment_len)
-        tokens = np.concatenate([sample.tokens, sample.answer])
-        size, question = len(tokens), len(sample.tokens)
-        flat = {name: getattr(window, name)[row].reshape(-1) for name in ("tokens", "labels", "weights", "is_answer")}
-        flat["tokens"][:size] = tokens
-        flat["labels"][: size - 1] = tokens[1:]
-        flat["weights"][: size - 1] = self.source.text_weight
-        flat["weights"][question - 1 : size - 1] = self.source.answer_weight
-        flat["is_answer"][question - 1 : size - 1] = True
-        window.lengths[row] = np.clip(size - segment_len * np.arange(num_segments), 0, segment_len)
-        window.segment_index[row] = np.arange(num_segments)
-        window.reset[row, 0] = True
-
-
-class RecallSource:
-    """Planted facts in excerpts of the store's documents, or in noise."""
-
-    def __init__(
-        self,
-        tokenizer: recall.Encodes,
-        background: recall.Background,
-        *,
-        seed: int,
-        text_weight: float,
-        answer_weight: float,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.background = background
-        self.seed = seed
-        self.text_weight = text_weight
-        self.answer_weight = answer_weight
-        self.shortest = recall.shortest_text(tokenizer)  # tokens, without the answer
-        self.longest_answer = recall.longest_answer(tokenizer)
-
-    def draw(self, step: int, lane: int, num_segments: int, segment_len: int) -> recall.RecallSample:
-        """A text that ends, with its answer, anywhere in the last of `num_segments` segments.
-
-        Where there is room the fact stands before the segment in which the answer begins, so that only memory
-        brings it there.
-        """
-        generator = np.random.default_rng((self.seed, step, lane))
-        longest = num_segments * segment_len - self.longest_answer
-        shortest = max(self.shortest, longest - segment_len + 1)
-        if shortest > longest:
-            raise InputError(
-                f"a window of {num_segments} segments of {segment_len} tokens is too short for a planted fact and its "
-                f"question ({self.shortest} tokens and the answer); use longer segments, or more of them at first "
-                "(curriculum.num_segments) with curriculum.vary no"
-            )
-        length = int(generator.integers(shortest, longest + 1))
-        answering = (length - 1) // segment_len * segment_len  # where the answer's segment begins
-        latest = answering - self.shortest + 1
-        drawn = recall.samples(
-            self.tokenizer,
-            self.background,
-            length=length,
-            num=1,
-            seed=int(generator.integers(2**62)),
-            latest=latest if latest > 0 else None,
-        )
-        return next(drawn)
-
-
-def store_prose(store: Reads) -> recall.Background:
-    """Excerpts of the store's documents, each token equally likely to be the first; a short document starts over."""
-    sizes = np.array([document.num_tokens for document in store.manifest], dtype=np.float64)
-
-    def draw(num: int, generator: np.random.Generator) -> np.ndarray:
-        document = store.manifest[int(generator.choice(len(sizes), p=sizes / sizes.sum()))]
-        start = int(generator.integers(document.num_tokens))
-        found: list[np.ndarray] = []
-        missing = num
-        while missing > 0:
-            segment, offset = divmod(start, store.segment_len)
-            last = min(-(-(start + missing) // store.segment_len), document.num_segments)
-            part = store.read(document, segment, last)[offset : offset + missing]
-            found.append(part)
-            missing -= len(part)
-            start = 0
-        return np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
-
-    return draw
+        return self._plans[epoch]
 
 
 class Lanes:
     """The lanes of one worker."""
 
-    def __init__(self, lanes: Sequence[DocumentLane | RecallLane], segment_len: int) -> None:
+    def __init__(self, lanes: Sequence[Lane], segment_len: int) -> None:
         self.lanes = list(lanes)
         self.segment_len = segment_len
 
@@ -289,6 +183,12 @@ class Lanes:
             lane.fill(window, row, step)
         return window
 
-    def cursors(self) -> dict[int, Cursor]:
-        """Lane number -> cursor, of the lanes that read documents."""
-        return {lane.number: lane.cursor for lane in self.lanes if isinstance(lane, DocumentLane)}
+    def cursors(self) -> list[Cursor | None]:
+        """Where each lane is; None for those that need no cursor, as they draw by the step."""
+        return [lane.cursor if isinstance(lane, DocumentLane) else None for lane in self.lanes]
+
+    def move(self, cursors: Sequence[Cursor | None]) -> None:
+        """Sets the lanes to their cursors."""
+        for lane, cursor in zip(self.lanes, cursors, strict=True):
+            if isinstance(lane, DocumentLane) and cursor is not None:
+                lane.cursor = cursor

@@ -146,9 +146,10 @@ def _json_document(name: str, number: int, line: bytes) -> Document | Fault:
         return Fault("not_json", f"not JSON: {error}", number)
     if not isinstance(value, dict):
         return Fault("not_json", f"not a JSON object but {type(value).__name__}", number)
-    if "text" not in value:
-        return Fault("no_text", "no field `text`", number)
-    return _document(value["text"], value.get("id"), f"{name}:{number}", number)
+    found = _document(value.get("text", ""), value.get("id"), f"{name}:{number}", number)
+    if "text" not in value and isinstance(found, Document):
+        return Fault("no_text", "no field `text`", number, found.document_id)
+    return found
 
 
 # --- Parquet ----------------------------------------------------------------------------------------

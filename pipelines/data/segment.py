@@ -7,19 +7,21 @@ by pieces of the text, not by the document.
 
 import contextlib
 import functools
-import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from pipelines import storage
+from pipelines.data import store
+from pipelines.data.batches import Batch, Begun, Closed, Ended, Failed, batches, pieces_of
 from pipelines.data.inputs import InputFile
-from pipelines.data.read import Document, Fault, Source, UnreadableError, read_documents
+from pipelines.data.pieces import Encoded, Joining, LossyTextError, Piece, encode
+from pipelines.data.read import Fault
 from pipelines.data.store import DocumentEntry, ErrorEntry, PartWriter, part_name
-from pipelines.data.tokenise import LossyTextError, Tokenizer, encode_chunks, load_tokenizer
+from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.storage import FileEntry
 
 _SPOOL_BYTES = 2**24  # tokens of one document that are kept in memory: 4M tokens
@@ -45,18 +47,32 @@ class UnitResult(NamedTuple):
     inputs: list[InputFile]
 
 
-def write_unit(unit: Unit) -> UnitResult:
-    """Writes the unit's segment file, or none where nothing became a document; OSError where it cannot write."""
-    tokenizer = _tokenizer(unit.output, unit.tokenizer_fingerprint)
-    result = UnitResult(unit.number, [], [], [])
+# Tokenises batches, wherever it does so: gives each, in order, with the tokens of its pieces.
+EncodeBatches = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Sequence[Encoded]]]]
+
+
+def write_unit(unit: Unit, encode_batches: EncodeBatches | None = None) -> UnitResult:
+    """Writes the unit's segment file, or none where nothing became a document; OSError where it cannot write.
+
+    The result does not depend on `encode_batches`; without one all happens here.
+    """
+    tokenizer = tokenizer_of(unit)
+    encode_batches = encode_batches or functools.partial(_encode_here, tokenizer)
     with contextlib.ExitStack() as stack:
         part = _Part(unit, tokenizer, stack)
-        for file in unit.files:
-            for found in part.add_file(file):
-                target: list[Any] = result.documents if isinstance(found, DocumentEntry) else result.errors
-                target.append(found)
-            result.inputs.append(InputFile(*file, part.sha256))
-    return result
+        for batch, encoded in encode_batches(batches(tokenizer, unit.files)):
+            part.add(batch, encoded)
+        return part.result
+
+
+def _encode_here(tokenizer: Tokenizer, found: Iterable[Batch]) -> Iterator[tuple[Batch, Sequence[Encoded]]]:
+    for batch in found:
+        yield batch, encode(tokenizer, pieces_of(batch))
+
+
+def tokenizer_of(unit: Unit) -> Tokenizer:
+    """The tokenizer in the unit's store; RuntimeError where it is not the one that the preparation began with."""
+    return _tokenizer(unit.output, unit.tokenizer_fingerprint)
 
 
 @functools.lru_cache(maxsize=2)
@@ -71,51 +87,73 @@ class _Part:
     """A segment file in the making; the file is begun with the first document."""
 
     def __init__(self, unit: Unit, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> None:
+        self.result = UnitResult(unit.number, [], [], [])
         self._unit = unit
         self._tokenizer = tokenizer
         self._stack = stack
         self._writer: PartWriter | None = None
         self._taken: set[str] = set()
-        self.sha256: str | None = None  # of the last file that was added
+        self._document: _Document | None = None
 
-    def add_file(self, file: FileEntry) -> Iterator[DocumentEntry | ErrorEntry]:
-        line = document_id = source = None
-        try:
-            source = Source(file.uri)
-            for found in read_documents(file.uri, file.name, source):
-                line, document_id = found.line, found.document_id
-                entry = self._add(file, found) if isinstance(found, Document) else found
-                yield _error(file, entry) if isinstance(entry, Fault) else entry
-                document_id = None
-        except UnreadableError as error:
-            where = f" (after line or row {line})" if line is not None and document_id is None else ""
-            yield ErrorEntry(file.uri, document_id, None, "unreadable", f"{error}{where}")
-        self.sha256 = None if source is None else source.sha256()
+    def add(self, batch: Batch, encoded: Sequence[Encoded]) -> None:
+        """The next events of reading, with the tokens of the pieces among them."""
+        tokens = iter(encoded)
+        for event in batch:
+            if isinstance(event, Piece):
+                assert self._document is not None
+                self._document.add(event, next(tokens))
+            elif isinstance(event, Begun):
+                self._document = _Document(event, self._tokenizer)
+                if event.document_id in self._taken:
+                    self._document.fail(duplicate(event.document_id, event.line))
+            elif isinstance(event, Ended):
+                self._end(event)
+            elif isinstance(event, Failed):
+                self._fail(event.source, event.fault)
+            elif isinstance(event, Closed):
+                self.result.inputs.append(event.file)
 
-    def _add(self, file: FileEntry, document: Document) -> DocumentEntry | Fault:
-        """Writes a document whole, or nothing of it."""
-        document_id, line, chunks = document
-        if document_id in self._taken:
-            return duplicate(document_id, line)
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
-            try:
-                size = _tokenise(self._tokenizer, chunks, spool)
-            except UnicodeDecodeError as error:
-                return Fault("not_utf8", error.reason, line, document_id)
-            except LossyTextError as error:
-                return Fault("lossy", str(error), line, document_id)
-            if not size.num_bytes:
-                return Fault("empty", "the document is empty", line, document_id)
-            writer = self._open()
-            row_offset = writer.num_rows
-            for number, tokens in enumerate(cut(_stored(spool), self._unit.segment_len)):
-                writer.add(document_id, number, tokens)
+    def _end(self, ended: Ended) -> None:
+        """Writes the document whole, or nothing of it."""
+        document = self._document
+        assert document is not None
+        document.end()
+        document_id, line = document.begun.document_id, document.begun.line
+        if not ended.num_bytes:
+            document.fail(Fault("empty", "the document is empty", line, document_id))
+        if document.fault is not None:
+            self._fail(document.begun.source, document.fault)
+            return
+        writer = self._open()
+        row_offset = writer.num_rows
+        for number, tokens in enumerate(cut(document.tokens(), self._unit.segment_len)):
+            writer.add(document_id, number, tokens)
+        self._close()
         self._taken.add(document_id)
-        num_segments = writer.num_rows - row_offset
-        file_name = part_name(self._unit.number)
-        return DocumentEntry(
-            document_id, file.uri, size.num_bytes, size.num_tokens, num_segments, file_name, row_offset, size.sha256
+        self.result.documents.append(
+            DocumentEntry(
+                document_id=document_id,
+                source=document.begun.source,
+                num_bytes=ended.num_bytes,
+                num_tokens=document.num_tokens,
+                num_segments=writer.num_rows - row_offset,
+                file=part_name(self._unit.number),
+                row_offset=row_offset,
+                sha256=ended.sha256,
+            )
         )
+
+    def _fail(self, source: str, fault: Fault) -> None:
+        """Reports a fault, or the one that the document had before."""
+        if self._document is not None:
+            fault = self._document.fault or fault
+            self._close()
+        self.result.errors.append(ErrorEntry(source, fault.document_id, fault.line, fault.kind, fault.reason))
+
+    def _close(self) -> None:
+        assert self._document is not None
+        self._document.close()
+        self._document = None
 
     def _open(self) -> PartWriter:
         if self._writer is None:
@@ -125,42 +163,51 @@ class _Part:
         return self._writer
 
 
-def _error(file: FileEntry, fault: Fault) -> ErrorEntry:
-    return ErrorEntry(file.uri, fault.document_id, fault.line, fault.kind, fault.reason)
+class _Document:
+    """A document that is being tokenised: its tokens so far, or the fault that was found in it."""
+
+    def __init__(self, begun: Begun, tokenizer: Tokenizer) -> None:
+        self.begun = begun
+        self.fault: Fault | None = None
+        self.num_tokens = 0
+        self._joining = Joining(tokenizer)
+        self._spool: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  # see close
+
+    def fail(self, fault: Fault) -> None:
+        """The first fault stands."""
+        self.fault = self.fault or fault
+
+    def add(self, piece: Piece, encoded: Encoded) -> None:
+        self._store(lambda: self._joining.add(piece, encoded))
+
+    def end(self) -> None:
+        self._store(self._joining.end)
+
+    def _store(self, settle: Callable[[], np.ndarray | None]) -> None:
+        if self.fault is not None:
+            return
+        try:
+            ids = settle()
+        except LossyTextError as error:
+            self.fail(Fault("lossy", str(error), self.begun.line, self.begun.document_id))
+            return
+        if ids is not None:
+            self._spool.write(ids.tobytes())
+            self.num_tokens += len(ids)
+
+    def tokens(self) -> Iterator[np.ndarray]:
+        """All of them, (T,) int32 a part."""
+        self._spool.seek(0)
+        while data := self._spool.read(4 * _READ_TOKENS):
+            yield np.frombuffer(data, dtype=np.int32)
+
+    def close(self) -> None:
+        self._spool.close()
 
 
 def duplicate(document_id: str, line: int | None) -> Fault:
     """The fault of a document whose id an earlier one has."""
     return Fault("duplicate_id", "an earlier document has this id; the first is kept", line, document_id)
-
-
-class _Size(NamedTuple):
-    num_bytes: int
-    num_tokens: int
-    sha256: str
-
-
-def _tokenise(tokenizer: Tokenizer, chunks: Iterable[bytes], spool: IO[bytes]) -> _Size:
-    """Writes the tokens of a text to `spool` as int32."""
-    digest, num_bytes, num_tokens = hashlib.sha256(), 0, 0
-
-    def measured() -> Iterator[bytes]:
-        nonlocal num_bytes
-        for chunk in chunks:
-            digest.update(chunk)
-            num_bytes += len(chunk)
-            yield chunk
-
-    for ids in encode_chunks(tokenizer, measured()):
-        spool.write(ids.tobytes())
-        num_tokens += len(ids)
-    return _Size(num_bytes, num_tokens, digest.hexdigest())
-
-
-def _stored(spool: IO[bytes]) -> Iterator[np.ndarray]:
-    spool.seek(0)
-    while data := spool.read(4 * _READ_TOKENS):
-        yield np.frombuffer(data, dtype=np.int32)
 
 
 def cut(parts: Iterable[np.ndarray], segment_len: int) -> Iterator[np.ndarray]:
@@ -192,3 +239,16 @@ def later_duplicates(results: Iterable[UnitResult]) -> dict[int, set[str]]:
             out[result.number] = here & seen
         seen |= here
     return out
+
+
+def without_documents(output: str, result: UnitResult, ids: set[str]) -> UnitResult:
+    """Takes documents out of a unit's segment file and reports them as duplicates."""
+    late = [document for document in result.documents if document.document_id in ids]
+    faults = [duplicate(document.document_id, None) for document in late]
+    errors = [
+        ErrorEntry(document.source, fault.document_id, fault.line, fault.kind, fault.reason)
+        for document, fault in zip(late, faults, strict=True)
+    ]
+    part = storage.join(output, part_name(result.number))
+    kept = store.without_documents(part, result.documents, ids)
+    return result._replace(documents=kept, errors=result.errors + errors)

@@ -196,6 +196,8 @@ def read_store_json(uri: str) -> dict[str, Any] | None:
 class SegmentStore:
     """A finished store, read segment by segment. Use one object from one thread."""
 
+    shares = ()  # one store: every document as often as any other
+
     def __init__(self, uri: str) -> None:
         self.uri = storage.absolute(uri)
         content = read_store_json(self.uri)
@@ -211,7 +213,14 @@ class SegmentStore:
         self._parts: OrderedDict[str, _Part] = OrderedDict()
 
     def load_tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.uri)
+        """The tokenizer that the store was made with; InputError where another one lies there."""
+        tokenizer = load_tokenizer(self.uri)
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise InputError(
+                f"{self.uri} was made with tokenizer {self.tokenizer_fingerprint[:16]} but holds "
+                f"{tokenizer.fingerprint[:16]}; prepare it again"
+            )
+        return tokenizer
 
     def read(self, document: DocumentEntry, start: int, stop: int) -> np.ndarray:
         """The tokens of segments start .. stop-1 of a document, joined: (T,) int32, a copy.

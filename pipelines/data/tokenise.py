@@ -2,10 +2,11 @@
 
 Tokens are int32 arrays. `bytes` is the tokenizer that needs no file: ids 0 to 255 are the bytes of the UTF-8
 text, 256 is `<eos>`. Anything else is a Hugging Face `tokenizer.json`, read by the `tokenizers` library alone:
-no code is loaded, no special tokens are added, truncation and padding that the file asks for are switched off.
+no code is loaded, no special tokens are added; truncation, padding and dropout that the file asks for are switched off.
 """
 
 import codecs
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ import tokenizers
 
 from pipelines import storage
 from pipelines.config import InputError, canonical_json, fingerprint
+from pipelines.data import pieces
+from pipelines.data.pieces import Difference, Joining, LossyTextError, difference
 
+__all__ = ["ByteTokenizer", "JsonTokenizer", "LossyTextError", "Tokenizer", "encode_chunks", "load_tokenizer"]
+
+# Normalizers that rewrite characters; others only mark where words begin.
+_REWRITE = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents"}
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>")
-PIECE_CHARS = 2**19  # text tokenised at once: the `tokenizers` library needs about 100 bytes a character
-_WINDOW_CHARS = 512  # context on each side in which a cut is verified
-_SEARCH_CHARS = 2**14  # how far back from a piece's end a cut is looked for
-_TRIES = 32
 
 
 class Tokenizer(Protocol):
@@ -35,6 +38,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+    def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None: ...
+    def remedy(self) -> str: ...  # what to do about texts that come back changed
     def save_pretrained(self, directory: str | Path) -> None: ...  # tokenizer.json and tokenizer_config.json
 
 
@@ -66,6 +71,13 @@ class ByteTokenizer:
         head, *rest = (part[part != self.eos_id].astype(np.uint8).tobytes() for part in parts)
         return head + b"".join(b"<eos>" + part for part in rest)
 
+    def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None:
+        """None: bytes give every text back."""
+        return None
+
+    def remedy(self) -> str:
+        return "bytes give every text back"
+
     def save_pretrained(self, directory: str | Path) -> None:
         _write_files(Path(directory), _byte_tokenizer_json(), "<eos>")
 
@@ -78,7 +90,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, content: dict[str, Any], eos_token: str | None) -> None:
-        content = _without_prefix_space({**content, "truncation": None, "padding": None})
+        content = _without_chance(_without_prefix_space({**content, "truncation": None, "padding": None}))
         self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -99,7 +111,39 @@ class JsonTokenizer:
         return self._tokenizer.decode(_as_ids(ids).tolist(), skip_special_tokens=False)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode()
+        """The very bytes of a byte-level tokenizer, also of part of a character; else those of `decode`."""
+        if self._token_bytes is None:
+            return self.decode(ids).encode()
+        return b"".join(map(self._token_bytes.__getitem__, _as_ids(ids).tolist()))
+
+    def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None:
+        """Where decoding `ids` (T,) does not give `text` back; `before` are the tokens of what stands before it."""
+        if self._token_bytes is None:
+            # A decoder may treat the first token of all differently, so that of the text is never the first.
+            lead, back = self.decode(before), self.decode(np.concatenate([before, ids]))
+            return difference(text, back[len(lead) :] if back.startswith(lead) else back)
+        data = self.decode_bytes(ids)
+        return None if data == text.encode() else difference(text, data.decode(errors="replace"))
+
+    def remedy(self) -> str:
+        """What to do about texts that come back changed."""
+        keep = "use a tokenizer that keeps every text as it is, such as bytes"
+        names = [name for name in _types(self._content.get("normalizer")) if name in _REWRITE]
+        if not names:
+            return keep
+        return f"bring the text into the tokenizer's own form ({', '.join(names)}) before preparing it, or {keep}"
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes] | None:
+        """The bytes of each token of a byte-level tokenizer, which are what the library decodes; None for others."""
+        if (self._content.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
+        table = [b""] * self.vocab_size
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            known = all(char in byte_of for char in token)
+            table[number] = bytes(byte_of[char] for char in token) if known else token.encode()
+        return table
 
     def save_pretrained(self, directory: str | Path) -> None:
         _write_files(Path(directory), self._content, self._eos_token)
@@ -141,37 +185,21 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[bytes]) -> Iterator[np.
     Equal to the tokens of the whole text, in memory of a few pieces. Raises UnicodeDecodeError where the bytes
     are not UTF-8 (its `reason` says at which byte) and LossyTextError where decoding would not give the text back.
     """
-    if isinstance(tokenizer, ByteTokenizer):
-        for chunk, _ in _decoded(chunks):
-            if chunk:
-                yield np.frombuffer(chunk, dtype=np.uint8).astype(np.int32)
-        return
-    num_chars = 0
-    for piece in _pieces(tokenizer, (text for _, text in _decoded(chunks))):
-        ids = tokenizer.encode(piece)
-        back = tokenizer.decode(ids)
-        if back != piece:
-            raise LossyTextError(num_chars + _first_difference(back, piece))
-        num_chars += len(piece)
+    joining = Joining(tokenizer)
+    for piece in pieces.cut(tokenizer, decoded(chunks)):
+        (encoded,) = pieces.encode(tokenizer, [piece])
+        if (ids := joining.add(piece, encoded)) is not None:
+            yield ids
+    if (ids := joining.end()) is not None:
         yield ids
 
 
-class LossyTextError(ValueError):
-    """The tokenizer does not give this text back exactly."""
-
-    def __init__(self, position: int) -> None:
-        super().__init__(f"the tokenizer does not give the text back exactly, from character {position} on")
-
-
-# --- streaming --------------------------------------------------------------------------------------
-
-
-def _decoded(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, str]]:
-    """(chunk, text that became complete with it); the texts joined are the whole."""
+def decoded(chunks: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 text in parts, of bytes cut anywhere; UnicodeDecodeError, whose `reason` says at which byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = 0
     for chunk in chunks:
-        yield chunk, _decode(decoder, chunk, num_bytes, final=False)
+        yield _decode(decoder, chunk, num_bytes, final=False)
         num_bytes += len(chunk)
     _decode(decoder, b"", num_bytes, final=True)
 
@@ -184,59 +212,6 @@ def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, num_bytes: int, *,
         place = num_bytes - pending + error.start
         reason = f"not UTF-8 at byte {place} ({error.reason})"
         raise UnicodeDecodeError("utf-8", error.object, error.start, error.end, reason) from None
-
-
-def _pieces(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
-    """The text in pieces whose tokens, joined, are those of the whole.
-
-    A piece ends only where tokenising the text on both sides apart and together is found to be equal; where no
-    such place is found near the wanted size, the piece grows and the search goes on further down.
-    """
-    buffer, wanted = "", PIECE_CHARS
-    for text in texts:
-        buffer += text
-        while len(buffer) >= wanted + _WINDOW_CHARS:
-            cut = _find_cut(tokenizer, buffer, wanted)
-            if cut is None:
-                wanted += PIECE_CHARS
-                continue
-            yield buffer[:cut]
-            buffer, wanted = buffer[cut:], PIECE_CHARS
-    if buffer:
-        yield buffer
-
-
-def _find_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
-    """The last verified place to cut before `end`; None where none of those tried is one."""
-    begin = max(1, end - _SEARCH_CHARS)
-    tries = 0
-    for wants_space in (True, False):  # before white space after a word, else between other kinds of characters
-        for cut in range(end, begin, -1):
-            left, right = _kind(text[cut - 1]), _kind(text[cut])
-            if left == right or left == " " or (right == " ") != wants_space:
-                continue
-            if _is_safe(tokenizer, text, cut):
-                return cut
-            tries += 1
-            if tries % _TRIES == 0:
-                break
-    return None
-
-
-def _kind(char: str) -> str:
-    if char.isspace():
-        return " "
-    return "a" if char.isalpha() else "0" if char.isnumeric() else "."
-
-
-def _is_safe(tokenizer: Tokenizer, text: str, cut: int) -> bool:
-    left, right = text[max(0, cut - _WINDOW_CHARS) : cut], text[cut : cut + _WINDOW_CHARS]
-    both, first, second = tokenizer.encode_batch([left + right, left, right])
-    return np.array_equal(both, np.concatenate([first, second]))
-
-
-def _first_difference(a: str, b: str) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -260,6 +235,25 @@ def _without_prefix_space(content: dict[str, Any]) -> dict[str, Any]:
         return {**part, "add_prefix_space": False} if part.get("type") == "ByteLevel" else part
 
     return {**content, "pre_tokenizer": fixed(content.get("pre_tokenizer"))}
+
+
+def _without_chance(content: dict[str, Any]) -> dict[str, Any]:
+    """Without BPE dropout, under which the same text is other tokens each time."""
+    model = content.get("model")
+    return (
+        {**content, "model": {**model, "dropout": None}}
+        if isinstance(model, dict) and model.get("dropout")
+        else content
+    )
+
+
+def _types(part: Any) -> list[str]:
+    """The names of a tokenizer.json's part and of the parts that it consists of."""
+    if not isinstance(part, dict):
+        return []
+    if part.get("type") == "Sequence":
+        return [name for value in part.values() if isinstance(value, list) for one in value for name in _types(one)]
+    return [str(part.get("type"))]
 
 
 def _byte_characters() -> list[str]:

@@ -6,8 +6,7 @@ from typing import Any
 
 import rmt_core
 from pipelines.config import InputError, canonical_json, fingerprint
-from pipelines.data.books import BookStore
-from pipelines.data.store import SegmentStore
+from pipelines.data.mixture import Store
 from pipelines.training.settings import TrainConfig
 
 # Not part of what is learned: a run may go on with other values of these.
@@ -19,7 +18,7 @@ HOUSEKEEPING: dict[str, Any] = {
 Identity = dict[str, Any]  # settings, data and model: JSON values by part
 
 
-def identity_of(config: TrainConfig, store: SegmentStore | BookStore, model: rmt_core.ModelConfig) -> Identity:
+def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) -> Identity:
     """Equal for runs that would learn the same, whatever the number of workers."""
     identity = {
         "settings": config.model_dump(mode="json", exclude=HOUSEKEEPING),

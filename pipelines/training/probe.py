@@ -20,7 +20,7 @@ from torch import distributed as dist
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.books import BookStore
-from pipelines.data.lanes import Reads, cut_pieces
+from pipelines.data.plan import Reads, cut_pieces
 from pipelines.data.store import SegmentStore
 from pipelines.data.tokenise import Tokenizer
 from pipelines.training.settings import TrainConfig

@@ -24,6 +24,11 @@ def _kind(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    """A single one is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 class LoraSettings(Config):
     """Low-rank adapters on linear maps of the backbone's layers (LoRA, arXiv:2106.09685)."""
 
@@ -146,8 +151,20 @@ class GradientSettings(Config):
 class DataSettings(Config):
     """What the rows of a batch read."""
 
+    mode: Literal["stream", "sample"] = Field(
+        default="stream",
+        description="stream: rows follow documents and carry their memory from window to window; sample: each window "
+        "is drawn anywhere in a document and begins with a fresh memory",
+    )
+    weights: list[float] | None = Field(
+        default=None,
+        description="how much is read of each store of data, compared with one another; none: every document once an "
+        "epoch",
+    )
     piece_segments: int | None = Field(
-        default=64, ge=1, description="documents are followed in pieces of at most so many segments; none: whole"
+        default=64,
+        ge=1,
+        description="with mode stream: documents are followed in pieces of at most so many segments; none: whole",
     )
     recall_fraction: float = Field(
         default=0.5, ge=0, le=1, description="of the rows that read texts with a planted fact"
@@ -263,8 +280,10 @@ class ReportSettings(Config):
 class TrainConfig(Config):
     """A training run."""
 
-    data: str | None = Field(
-        default=None, description="segment store made by prepare; none: the embedded books, as bytes"
+    data: Annotated[list[str] | None, pydantic.BeforeValidator(_listed)] = Field(
+        default=None,
+        min_length=1,
+        description="segment stores made by prepare, read together; none: the embedded books, as bytes",
     )
     output: str = Field(default="runs/train", description="directory or s3:// of the run: metrics, checkpoints, model")
     resume: str = Field(
@@ -287,6 +306,11 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         if self.curriculum.advance_below is not None and not self.num_recall_lanes:
             raise ValueError("curriculum.advance_below needs answers to judge by; set dataset.recall_fraction above 0")
+        weights, num_stores = self.dataset.weights, len(self.data or [])
+        if weights is not None and (len(weights) != num_stores or min(weights, default=0) <= 0):
+            raise ValueError(
+                f"dataset.weights are {weights} for {num_stores} stores of data; give one above 0 for each store"
+            )
         if self.workers.max_workers > self.batch_size:
             raise ValueError(
                 f"workers.num_workers {self.workers.max_workers} exceeds batch_size {self.batch_size}: every worker "

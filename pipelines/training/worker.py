@@ -22,9 +22,13 @@ import rmt_core
 from pipelines import storage
 from pipelines.config import InputError, build
 from pipelines.data import lanes as data
+from pipelines.data import planted
 from pipelines.data.books import BookStore
+from pipelines.data.mixture import Mixture, Store
+from pipelines.data.prefetch import Prefetched
+from pipelines.data.sampling import SampleLane, SampleSource
 from pipelines.data.store import SegmentStore
-from pipelines.data.tokenise import Tokenizer
+from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.tasks import recall
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
@@ -40,19 +44,37 @@ from pipelines.training.tracking import Tracker, start_trackers
 from pipelines.training.weights import choose_trained, load_trained
 
 
-def open_store(config: TrainConfig) -> SegmentStore | BookStore:
-    """The segments to train on."""
-    return BookStore(config.segment_len) if config.data is None else SegmentStore(config.data)
+def open_store(config: TrainConfig) -> Store:
+    """The segments to train on; InputError where they are of another tokenizer than the backbone's."""
+    stores = [SegmentStore(uri) for uri in config.data or []]
+    store: Store
+    if not stores:
+        store = BookStore(config.segment_len)
+    elif len(stores) == 1:
+        store = stores[0]
+    else:
+        store = Mixture(stores, config.dataset.weights)
+    backbone = config.model.backbone
+    if backbone is not None and storage.exists(storage.join(backbone, "tokenizer.json")):
+        brought = load_tokenizer(backbone).fingerprint
+        if brought != store.tokenizer_fingerprint:
+            raise InputError(
+                f"model.backbone {backbone} brings tokenizer {brought[:16]}, the data was made with "
+                f"{store.tokenizer_fingerprint[:16]}; prepare the data with --tokenizer {backbone}"
+            )
+    return store
 
 
-def make_lanes(config: TrainConfig, store: SegmentStore | BookStore, tokenizer: Tokenizer) -> list[Any]:
-    """All lanes of the run: first those of planted facts, then those that follow documents."""
+def make_lanes(config: TrainConfig, store: Store, tokenizer: Tokenizer) -> list[data.Lane]:
+    """All lanes of the run: first those of planted facts, then those that read documents."""
+    if not store.manifest:
+        raise InputError("the data holds no documents; prepare some")
     num_recall = config.num_recall_lanes
     settings = config.dataset
     prose = settings.recall_background == "prose"
-    facts = data.RecallSource(
+    facts = planted.RecallSource(
         tokenizer,
-        data.store_prose(store) if prose else recall.noise(tokenizer),
+        planted.store_prose(store) if prose else recall.noise(tokenizer),
         seed=config.seed,
         text_weight=settings.recall_text_weight,
         answer_weight=settings.recall_answer_weight,
@@ -60,9 +82,12 @@ def make_lanes(config: TrainConfig, store: SegmentStore | BookStore, tokenizer: 
     if num_recall:  # what cannot be drawn is refused now, and what cannot be planned below
         shortest = 1 if config.curriculum.vary else min(config.curriculum.num_segments)
         facts.draw(0, 0, shortest, store.segment_len)
-    lanes: list[Any] = [data.RecallLane(facts, number) for number in range(num_recall)]
+    lanes: list[data.Lane] = [planted.RecallLane(facts, number) for number in range(num_recall)]
     num_documents = config.batch_size - num_recall
-    if num_documents:
+    if num_documents and settings.mode == "sample":
+        samples = SampleSource(store, seed=config.seed, eos_id=tokenizer.eos_id)
+        lanes += [SampleLane(samples, number) for number in range(num_documents)]
+    elif num_documents:
         source = data.DocumentSource(
             store, num_documents, seed=config.seed, eos_id=tokenizer.eos_id, piece_segments=settings.piece_segments
         )
@@ -179,7 +204,8 @@ class Run:
     """One worker's part of a run in motion."""
 
     def __init__(self, setup: Setup, engine: Any) -> None:
-        self.setup, self.config, self.lanes, self.engine = setup, setup.config, setup.lanes, engine
+        self.setup, self.config, self.engine = setup, setup.config, engine
+        self.lanes = Prefetched(setup.lanes, self._expected)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.stepper = Stepper(engine, setup.config)
         self.sums = Sums(engine.device)
@@ -262,6 +288,12 @@ class Run:
             found.append(self.lanes.window(number, num_segments))
         return found
 
+    def _expected(self, number: int) -> int:
+        """Segments of window `number`, as far as the stage of now tells."""
+        curriculum = self.config.curriculum
+        stage = next_stage(curriculum, self.stage, number // self.config.optimizer.accumulation_steps, None)
+        return num_segments_at(curriculum, stage, number, self.config.seed)
+
     def _metrics(self, elapsed_s: float) -> dict[str, Any]:
         """What the next line of metrics says; every worker calls it."""
         sums = self.sums.metrics(elapsed_s)
@@ -292,8 +324,7 @@ class Run:
         engines.save_portable(folder / "model", self.engine, setup.description, setup.tokenizer)
         if self.rank == 0:
             checkpoints.write_progress(folder, Progress(self.step, self.stage, self.world_size, setup.identity))
-        cursors = [lane.cursor if isinstance(lane, data.DocumentLane) else None for lane in self.lanes.lanes]
-        part = Part(self.state, cursors, self.sums.state(), checkpoints.random_states(self.engine.device))
+        part = Part(self.state, self.lanes.cursors(), self.sums.state(), checkpoints.random_states(self.engine.device))
         checkpoints.write_part(folder, self.rank, setup.numbers, part, setup.identity)
         dist.barrier()
 
@@ -318,9 +349,7 @@ class Run:
             self._seed()
         else:
             checkpoints.set_random_states(part.random, self.engine.device)
-        for lane, cursor in zip(self.lanes.lanes, part.cursors, strict=True):
-            if isinstance(lane, data.DocumentLane):
-                lane.cursor = data.Cursor(*cursor)
+        self.lanes.move([None if cursor is None else data.Cursor(*cursor) for cursor in part.cursors])
 
 
 def _number(value: Any) -> float | None:

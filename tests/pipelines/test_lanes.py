@@ -1,11 +1,17 @@
 """Lanes: every segment once an epoch, in order, for any number of workers; planted facts that can be told."""
 
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from pipelines.config import InputError
-from pipelines.data import lanes
+from pipelines.data import lanes, plan, planted, sampling
 from pipelines.data.books import BookStore
+from pipelines.data.plan import Share
+from pipelines.data.prefetch import Prefetched
 from pipelines.data.store import DocumentEntry
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import recall
@@ -19,7 +25,8 @@ class FakeStore:
 
     segment_len = SEGMENT_LEN
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], shares: Sequence[Share] = ()) -> None:
+        self.shares = shares
         self.manifest = [
             DocumentEntry(str(i), "", size, size, -(-size // SEGMENT_LEN), "", 0, "") for i, size in enumerate(sizes)
         ]
@@ -103,14 +110,13 @@ def test_windows_of_any_size_and_a_restart_anywhere_give_the_same_stream(num_seg
 
 
 def test_the_plan_is_balanced_seeded_and_whole() -> None:
-    pieces = lanes.cut_pieces(FakeStore(SIZES).manifest, None)
-    planned = lanes.plan(pieces, 4, 0, 1)
+    pieces = plan.cut_pieces(FakeStore(SIZES).manifest, None)
+    planned = plan.plan(pieces, 4, 0, 1)
     assert sorted(piece for lane in planned for piece in lane) == pieces
     loads = [sum(piece.num_segments for piece in lane) for lane in planned]
     assert max(loads) - min(loads) <= max(piece.num_segments for piece in pieces)
-    assert lanes.plan(pieces, 4, 0, 1) == planned
-    assert lanes.plan(pieces, 4, 1, 1) != planned != lanes.plan(pieces, 4, 0, 2)
-    assert 0 <= lanes.padding_fraction(planned) < 0.5
+    assert plan.plan(pieces, 4, 0, 1) == planned
+    assert plan.plan(pieces, 4, 1, 1) != planned != plan.plan(pieces, 4, 0, 2)
 
 
 def test_workers_share_the_lanes_without_changing_them() -> None:
@@ -122,20 +128,191 @@ def test_workers_share_the_lanes_without_changing_them() -> None:
 
 
 def test_more_lanes_than_documents_are_refused_with_the_way_out() -> None:
-    with pytest.raises(InputError, match=r"3 documents cannot fill 4 lanes.*at most 3.*piece_segments"):
-        document_lanes(FakeStore([9, 9, 9]), 4)[0].source.lane(0, 0)
+    for shares in ((), [Share(range(0, 2), 1.0), Share(range(2, 3), 5.0)]):
+        with pytest.raises(InputError, match=r"3 documents cannot fill 4 lanes.*at most 3.*dataset\.piece_segments"):
+            document_lanes(FakeStore([9, 9, 9], shares), 4)[0].source.lane(0, 0)
 
 
-def facts(text_weight: float = 1.0) -> lanes.RecallSource:
-    return lanes.RecallSource(
-        ByteTokenizer(), lanes.store_prose(BookStore(64)), seed=1, text_weight=text_weight, answer_weight=30.0
+def test_the_waste_of_a_plan_is_counted() -> None:
+    source = document_lanes(FakeStore([8, 8, 16, 3]), 2)[0].source  # of segments of 8: loads 2 and 3
+    found = source.figures()
+    assert (found.num_lanes, found.num_pieces, found.least_segments, found.most_segments) == (2, 4, 2, 3)
+    assert found.padding_fraction == pytest.approx(5 / 40)
+    assert found.uneven_fraction == pytest.approx(1 / 6)
+    assert "12.5% of it is padding" in source.describe()
+    pieces = document_lanes(FakeStore([20]), 1, piece_segments=2)[0].source.figures()
+    assert (pieces.num_pieces, pieces.padding_fraction) == (2, pytest.approx(4 / 24))
+
+
+# --- mixtures -----------------------------------------------------------------------------------------
+
+SHARES = [Share(range(0, 3), 3.0), Share(range(3, 12), 1.0)]
+
+
+def test_weights_hold_and_a_stores_documents_are_read_equally_often() -> None:
+    store = FakeStore(SIZES, SHARES)
+    blend = plan.Blend(plan.cut_pieces(store.manifest, 2), SHARES, 4, seed=5)
+    num_segments, times = [0, 0], Counter[tuple[int, int]]()
+    for epoch in range(40):
+        for piece in blend.pieces(epoch):
+            num_segments[piece.document >= 3] += piece.num_segments
+            times[piece.document, piece.start] += 1
+    assert num_segments[0] / sum(num_segments) == pytest.approx(0.75, abs=0.002)
+    for share in SHARES:
+        counts = [count for (document, _), count in times.items() if document in share.documents]
+        assert max(counts) - min(counts) <= 1
+        assert {document for document, _ in times} >= set(share.documents)
+
+
+def test_every_epoch_of_a_mixture_fills_every_lane() -> None:
+    """A store of one long document, which begins in few epochs, and few short ones."""
+    shares = [Share(range(0, 1), 9.0), Share(range(1, 5), 1.0)]
+    store = FakeStore([800, 8, 8, 8, 8], shares)
+    source = lanes.DocumentSource(store, 5, seed=1, eos_id=None, piece_segments=None)
+    for epoch in range(12):
+        assert all(source.lane(number, epoch) for number in range(5))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_a_mixture_reads_the_same_for_any_number_of_workers_and_from_any_cursor(num_workers: int) -> None:
+    store = FakeStore(SIZES, SHARES)
+    whole = lanes.Lanes(document_lanes(store, 4), SEGMENT_LEN).window(0, 60)
+    for rank in range(num_workers):
+        mine = document_lanes(store, 4)[rank::num_workers]
+        for step in range(20):
+            mine = [lanes.DocumentLane(lane.source, lane.number, lanes.Cursor(*lane.cursor)) for lane in mine]
+            window = lanes.Lanes(mine, SEGMENT_LEN).window(step, 3)
+            assert np.array_equal(window.tokens, whole.tokens[rank::num_workers, 3 * step : 3 * step + 3])
+
+
+def test_prose_of_a_mixture_follows_the_weights() -> None:
+    store = FakeStore(SIZES, SHARES)
+    prose, generator = planted.store_prose(store), np.random.default_rng(0)
+    first = [prose(1, generator)[0] < 3000 for _ in range(2000)]
+    assert np.mean(first) == pytest.approx(0.75, abs=0.04)
+
+
+# --- windows drawn anywhere ---------------------------------------------------------------------------
+
+
+def sample_lanes(store: FakeStore, num_lanes: int) -> list[sampling.SampleLane]:
+    source = sampling.SampleSource(store, seed=3, eos_id=EOS)
+    return [sampling.SampleLane(source, number) for number in range(num_lanes)]
+
+
+def test_sampled_windows_are_whole_segments_in_a_row_with_a_fresh_memory() -> None:
+    store = FakeStore(SIZES)
+    seen = set()
+    for step in range(60):
+        window = lanes.Lanes(sample_lanes(store, 3), SEGMENT_LEN).window(step, 4)
+        assert window.reset[:, 0].all()
+        for row in range(3):
+            for i in range(4):
+                number, at = divmod(int(window.tokens[row, i, 0]), 1000)
+                size = int(window.lengths[row, i])
+                tokens = store.tokens(number)
+                assert at % SEGMENT_LEN == 0
+                assert window.tokens[row, i, :size].tolist() == tokens[at : at + SEGMENT_LEN].tolist()
+                following = [*tokens[at + 1 : at + size + 1].tolist(), EOS][:size]
+                assert window.labels[row, i, :size].tolist() == following
+                if not window.reset[row, i]:
+                    assert window.tokens[row, i, 0] == window.tokens[row, i - 1, 0] + SEGMENT_LEN
+                    assert window.segment_index[row, i] == window.segment_index[row, i - 1] + 1
+                else:
+                    assert window.segment_index[row, i] == 0
+                    if i:  # the document before had no more segments
+                        before, last = divmod(int(window.tokens[row, i - 1, 0]), 1000)
+                        assert last // SEGMENT_LEN == store.manifest[before].num_segments - 1
+                seen.add((number, at))
+    assert len(seen) == sum(entry.num_segments for entry in store.manifest)  # every segment can be drawn
+
+
+def test_sampled_windows_depend_on_seed_step_and_lane_alone() -> None:
+    store = FakeStore(SIZES)
+    whole = lanes.Lanes(sample_lanes(store, 4), SEGMENT_LEN)
+    windows = [whole.window(step, 2).tokens for step in range(5)]
+    for rank in range(2):
+        mine = lanes.Lanes(sample_lanes(store, 4)[rank::2], SEGMENT_LEN)
+        assert np.array_equal(mine.window(3, 2).tokens, windows[3][rank::2])  # begun at step 3
+    assert len({window.tobytes() for window in windows}) == 5
+    assert whole.cursors() == [None] * 4
+
+
+# --- made ahead of time -------------------------------------------------------------------------------
+
+
+def sizes_of(step: int) -> int:
+    return 1 + step * 7 % 5
+
+
+@pytest.mark.parametrize("expected", [sizes_of, lambda step: 2, lambda step: 0 if step == 9 else sizes_of(step)])
+def test_windows_made_ahead_are_those_made_in_time(expected: object) -> None:
+    """Whether their sizes were foreseen or not; and cursors are those of the windows that were taken."""
+    store = FakeStore(SIZES)
+    kinds = [*document_lanes(store, 2), *sample_lanes(store, 1)]
+    plain = lanes.Lanes(kinds, SEGMENT_LEN)
+    ahead = Prefetched(lanes.Lanes([*document_lanes(store, 2), *sample_lanes(store, 1)], SEGMENT_LEN), expected)
+    for step in range(25):
+        assert ahead.cursors() == plain.cursors()
+        wanted, found = plain.window(step, sizes_of(step)), ahead.window(step, sizes_of(step))
+        for name in lanes.Window._fields:
+            assert np.array_equal(getattr(found, name), getattr(wanted, name))
+    ahead.close()
+
+
+def test_lanes_can_be_moved_while_windows_are_made_ahead() -> None:
+    """As a run does that goes on from a checkpoint."""
+    store = FakeStore(SIZES)
+    ahead = Prefetched(lanes.Lanes(document_lanes(store, 2), SEGMENT_LEN), sizes_of)
+    windows, cursors = [], []
+    for step in range(9):
+        windows.append(ahead.window(step, sizes_of(step)))
+        cursors.append(ahead.cursors())
+    ahead.move(cursors[4])
+    assert ahead.cursors() == cursors[4]
+    for step in range(5, 9):
+        assert np.array_equal(ahead.window(step, sizes_of(step)).tokens, windows[step].tokens)
+    ahead.close()
+
+
+class FailingStore(FakeStore):
+    """Cannot be read at one of its readings."""
+
+    reads, fails_at = 0, 7
+    threads: frozenset[str] = frozenset()
+
+    def read(self, document: DocumentEntry, start: int, stop: int) -> np.ndarray:
+        self.reads += 1
+        self.threads |= {threading.current_thread().name}
+        if self.reads == self.fails_at:
+            raise OSError("the disk is gone")
+        return super().read(document, start, stop)
+
+
+def test_what_goes_wrong_ahead_is_raised_where_its_window_is_taken_and_can_be_tried_again() -> None:
+    plain = lanes.Lanes(document_lanes(FakeStore(SIZES), 2), SEGMENT_LEN)
+    store = FailingStore(SIZES)
+    ahead = Prefetched(lanes.Lanes(document_lanes(store, 2), SEGMENT_LEN), lambda step: 1)
+    for step in range(8):
+        wanted = plain.window(step, 1)
+        if step == 3:  # two readings a step: the seventh is of the fourth
+            with pytest.raises(OSError, match="the disk is gone"):
+                ahead.window(step, 1)
+        assert np.array_equal(ahead.window(step, 1).tokens, wanted.tokens)
+    assert store.threads == {"windows_0"}  # all in the background
+    ahead.close()
+
+
+def facts(text_weight: float = 1.0) -> planted.RecallSource:
+    return planted.RecallSource(
+        ByteTokenizer(), planted.store_prose(BookStore(64)), seed=1, text_weight=text_weight, answer_weight=30.0
     )
 
 
 def test_a_planted_text_fills_its_window_and_asks_for_its_fact() -> None:
     source, ends = facts(), set()
     for step in range(40):
-        window = lanes.Lanes([lanes.RecallLane(source, 0)], 64).window(step, 3)
+        window = lanes.Lanes([planted.RecallLane(source, 0)], 64).window(step, 3)
         text = bytes(window.tokens[0].reshape(-1)[: window.lengths.sum()].astype(np.uint8)).decode()
         letter = text[-1]
         assert recall.FACT.format(letter) in text
@@ -164,6 +341,6 @@ def test_a_window_too_short_for_a_fact_is_refused() -> None:
 
 def test_prose_comes_from_the_store_and_short_documents_start_over() -> None:
     store = FakeStore([5])
-    drawn = lanes.store_prose(store)(12, np.random.default_rng(0))
+    drawn = planted.store_prose(store)(12, np.random.default_rng(0))
     assert len(drawn) == 12
     assert set((drawn[1:] - drawn[:-1]).tolist()) == {1, -4}

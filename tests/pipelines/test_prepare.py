@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import prepare, storage
-from pipelines.data import inputs, segment, store
+from pipelines.data import inputs, progress, segment, store
 from pipelines.data.inputs import InputFile, plan_units
+from pipelines.data.read import SUFFIXES
 from pipelines.data.segment import Unit, UnitResult, write_unit
 from pipelines.data.store import SegmentStore
 from pipelines.data.tokenise import ByteTokenizer
@@ -57,7 +58,7 @@ def _unit(tmp_path: Path, *names: str, segment_len: int = 5) -> tuple[UnitResult
     output.mkdir(exist_ok=True)
     tokenizer = ByteTokenizer()
     tokenizer.save_pretrained(output)
-    files = [storage.expand([str(tmp_path / name)], prepare.SUFFIXES)[0] for name in names]
+    files = [storage.expand([str(tmp_path / name)], SUFFIXES)[0] for name in names]
     result = write_unit(Unit(0, files, str(output), segment_len, tokenizer.fingerprint))
     store.write_manifest(str(output), result.documents)
     content = dict.fromkeys(store._IDENTITY, 0) | {"format": store.FORMAT, "segment_len": segment_len}
@@ -111,7 +112,7 @@ def test_faulty_json_lines_are_reported_and_the_rest_goes_on(tmp_path: Path) -> 
     assert texts == {"x": b"one", "7": b"seven", "e": b"later", "l.jsonl:16": b"no newline at the end"}
     assert _kinds(result) == [
         (None, 2, "not_json"),
-        (None, 3, "no_text"),
+        ("y", 3, "no_text"),
         ("x", 5, "duplicate_id"),
         ("n", 6, "no_text"),
         ("l.jsonl:7", 7, "no_text"),
@@ -183,19 +184,34 @@ def test_a_long_document_is_held_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(segment, "_READ_TOKENS", 999)
     data = bytes(np.random.default_rng(0).integers(0, 128, 2_500_000, dtype=np.uint8))
     (tmp_path / "a.txt").write_bytes(data)
-    longest = 0
-    encode = segment.encode_chunks
+    held = []
+    encode = segment.encode
 
-    def watched(tokenizer: Any, chunks: Any) -> Any:
-        nonlocal longest
-        for ids in encode(tokenizer, chunks):
-            longest = max(longest, len(ids))
-            yield ids
+    def watched(tokenizer: Any, pieces: Any) -> Any:
+        held.append(sum(len(piece.text) for piece in pieces))
+        return encode(tokenizer, pieces)
 
-    monkeypatch.setattr(segment, "encode_chunks", watched)
+    monkeypatch.setattr(segment, "encode", watched)
     _, texts = _unit(tmp_path, "a.txt", segment_len=1024)
     assert texts == {"a": data}
-    assert longest <= 2**20
+    assert len(held) > 1
+    assert max(held) <= 2**20 + 2**19
+
+
+def test_a_fault_anywhere_in_a_document_means_that_nothing_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.data.batches.BATCH_CHARS", 1000)
+    monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
+    good = b"words that are good, " * 500
+    (tmp_path / "1.txt").write_bytes(good + b"\xff" + good)
+    (tmp_path / "2.txt").write_bytes(good)
+    (tmp_path / "3.txt.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode() + good)[:-9])
+    (tmp_path / "4.txt").write_bytes(good[::-1])
+    (tmp_path / "4.jsonl").write_text(json.dumps({"id": "2", "text": "late"}) + "\n")
+    result, texts = _unit(tmp_path, "1.txt", "2.txt", "3.txt.gz", "4.txt", "4.jsonl")
+    assert texts == {"2": good, "4": good[::-1]}
+    assert _kinds(result) == [("1", None, "not_utf8"), ("3", None, "unreadable"), ("2", 1, "duplicate_id")]
 
 
 # --- plans ------------------------------------------------------------------------------------------------
@@ -211,14 +227,14 @@ def test_units_follow_the_files_alone() -> None:
 def test_the_input_is_the_same_if_names_and_contents_are(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
-    listed = storage.expand([str(tmp_path)], prepare.SUFFIXES)
+    listed = storage.expand([str(tmp_path)], SUFFIXES)
     before = [InputFile(*file, hashlib.sha256(file.name[:1].encode()).hexdigest()) for file in listed]
     assert inputs.difference(before, listed) is None
     touched = [file._replace(mtime_ns=1, uri=file.uri) for file in listed]
     assert inputs.difference(before, touched) is None
     (tmp_path / "b.txt").write_text("c")
     os.utime(tmp_path / "b.txt", ns=(5, 5))
-    assert inputs.difference(before, storage.expand([str(tmp_path)], prepare.SUFFIXES)) == "changed b.txt"
+    assert inputs.difference(before, storage.expand([str(tmp_path)], SUFFIXES)) == "changed b.txt"
     assert inputs.difference(before, listed[:1]) == "removed b.txt"
     assert inputs.difference(before[:1], listed) == "added b.txt"
     assert inputs.difference(before[::-1], listed) == "the same files in another order"
@@ -333,27 +349,100 @@ def test_an_input_without_any_document_still_ends_with_a_store(
     assert "nothing to do" in stderr
 
 
-def test_an_interrupted_run_is_done_again(
-    local_ray: None, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "out"
-    argv = ["--input", books, "--output", output, "--segment-len", "4"]
+def _files(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def _stopped(function: str, at_call: int = 1) -> Any:
+    """A patch under which the job stops at a call of a function, as at Ctrl-C."""
+    calls = []
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) >= at_call:
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(store, "write_errors", stop)
-        assert _main(capfd, *argv)[0] == 130
-    assert (output / store.part_name(0)).exists()
-    (output / store.part_name(77)).write_bytes(b"from other settings")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(function, stop)
+    return patch
+
+
+@pytest.mark.parametrize(
+    ("function", "at_call"),
+    [
+        ("pipelines.data.store.write_manifest", 1),
+        ("pipelines.data.store.write_errors", 1),
+        ("pipelines.data.progress.clear", 1),  # behind the last file
+    ],
+)
+def test_an_interrupted_run_is_gone_on_with(
+    function: str,
+    at_call: int,
+    local_ray: None,
+    books: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it left; finished units are not made again, and the store is that of a run that was not interrupted."""
+    monkeypatch.setattr(inputs, "UNIT_FILES", 1)
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    argv = ["--input", books, "--segment-len", "4"]
+    assert _main(capfd, *argv, "--output", whole)[0] == 0
+    patch = _stopped(function, at_call)
+    try:
+        assert _main(capfd, *argv, "--output", output)[0] == 130
+    finally:
+        patch.undo()
+    made = {path: path.stat().st_mtime_ns for path in output.glob("segments-*")}
+    assert len(made) == 4
+    (output / store.part_name(77)).write_bytes(b"of nothing")
     (output / f".{store.part_name(3)}.0123abcd.tmp").write_bytes(b"half")
-    code, _, stderr = _main(capfd, *argv)
+    code, result, stderr = _main(capfd, *argv, "--output", output)
     assert code == 0
-    assert "interrupted run" in stderr
-    assert _texts(SegmentStore(str(output))) == KEPT
-    assert not (output / store.part_name(77)).exists()
-    assert not list(output.glob(".*"))
+    assert result["num_documents"] == len(KEPT)
+    if function.endswith("clear"):
+        assert "nothing to do" in stderr
+        (output / store.part_name(77)).unlink()
+    else:
+        assert "going on, 6 of 6 units are done" in stderr
+    assert {path: path.stat().st_mtime_ns for path in output.glob("segments-*")} == made
+    assert _files(output) == _files(whole)
+
+
+def test_units_that_are_not_as_they_were_are_made_again(
+    local_ray: None, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "UNIT_FILES", 1)
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    argv = ["--input", books, "--segment-len", "4"]
+    assert _main(capfd, *argv, "--output", whole)[0] == 0
+    patch = _stopped("pipelines.data.store.write_manifest")
+    try:
+        assert _main(capfd, *argv, "--output", output)[0] == 130
+    finally:
+        patch.undo()
+    (output / store.part_name(0)).write_bytes(b"damaged")
+    (output / progress.unit_name(1)).unlink()
+    assert _main(capfd, *argv, "--output", output)[0] == 0
+    assert _files(output) == _files(whole)
+
+
+def test_an_interrupted_run_with_other_settings_is_begun_anew(
+    local_ray: None, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    patch = _stopped("pipelines.data.store.write_manifest")
+    try:
+        assert _main(capfd, "--input", books, "--segment-len", "5", "--output", output)[0] == 130
+    finally:
+        patch.undo()
+    argv = ["--input", books, "--segment-len", "4"]
+    code, _, stderr = _main(capfd, *argv, "--output", output)
+    assert code == 0
+    assert "other settings or input: beginning anew" in stderr
+    assert _main(capfd, *argv, "--output", whole)[0] == 0
+    assert _files(output) == _files(whole)
 
 
 def test_a_directory_that_is_no_store_is_left_alone(

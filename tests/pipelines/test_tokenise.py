@@ -1,4 +1,4 @@
-"""Tokenizers give texts back exactly, and a text in pieces has the tokens of the whole."""
+"""Tokenizers give texts back exactly, and say where bytes are no text."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,7 @@ import pytest
 import tokenizers
 
 from pipelines.config import InputError
-from pipelines.data import tokenise
-from pipelines.data.tokenise import ByteTokenizer, JsonTokenizer, Tokenizer, encode_chunks, load_tokenizer
+from pipelines.data.tokenise import ByteTokenizer, Tokenizer, encode_chunks, load_tokenizer
 
 HARD_TEXTS = [
     "",
@@ -112,35 +111,6 @@ def _chunks(data: bytes, size: int) -> Iterator[bytes]:
     return (data[start : start + size] for start in range(0, len(data), size))
 
 
-@pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_pieces_have_the_tokens_of_the_whole(tokenizer: Tokenizer, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "PIECE_CHARS", 3000)
-    monkeypatch.setattr(tokenise, "_SEARCH_CHARS", 1000)
-    text = _book(3000 if size > 1 else 1500)
-    parts = list(encode_chunks(tokenizer, _chunks(text.encode(), size)))
-    assert len(parts) > 1
-    assert np.array_equal(np.concatenate(parts), tokenizer.encode(text))
-
-
-def test_a_text_without_a_place_to_cut_is_tokenised_whole(bpe_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "PIECE_CHARS", 1000)
-    tokenizer = load_tokenizer(str(bpe_directory))
-    text = "abcde" * 2000
-    parts = list(encode_chunks(tokenizer, [text.encode()]))
-    assert len(parts) == 1
-    assert np.array_equal(parts[0], tokenizer.encode(text))
-
-
-def test_a_special_token_across_words_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "PIECE_CHARS", 600)
-    base = tokenizers.Tokenizer.from_str(json.dumps(tokenise._byte_tokenizer_json()))
-    base.add_special_tokens(["the end of all"])
-    tokenizer = JsonTokenizer(json.loads(base.to_str()), None)
-    text = "the end of all" * 500
-    parts = list(encode_chunks(tokenizer, [text.encode()]))
-    assert np.concatenate(parts).tolist() == [257] * 500
-
-
 @pytest.mark.parametrize(
     ("data", "place"), [(b"\xff", 0), (b"abc\xc3(", 3), (b"abcdefg\xe2\x82", 7), (b"ab\xed\xa0\x80", 2)]
 )
@@ -149,12 +119,6 @@ def test_invalid_utf8_is_found_however_it_is_chunked(tokenizer: Tokenizer, data:
         with pytest.raises(UnicodeDecodeError) as caught:
             list(encode_chunks(tokenizer, _chunks(data, size)))
         assert f"not UTF-8 at byte {place} " in caught.value.reason
-
-
-def test_a_text_that_would_come_back_changed_is_refused() -> None:
-    content = {**tokenise._byte_tokenizer_json(), "normalizer": {"type": "Lowercase"}}
-    with pytest.raises(tokenise.LossyTextError, match="from character 3 on"):
-        list(encode_chunks(JsonTokenizer(content, None), [b"abcDef"]))
 
 
 def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
