@@ -4,12 +4,14 @@
     python pipelines/benchmark.py core --device cuda
     python pipelines/benchmark.py core --quick      # seconds: shows that it runs; its figures mean nothing
     python pipelines/benchmark.py memory
+    python pipelines/benchmark.py ingest
 
 `core` measures a recurrent step against Hugging Face's own forward, and how streamed inference grows with the
 text. `memory` measures replay against full back-propagation and against another implementation's, each memory's state
 and time per token against a cache of keys and values, and the orders in which segments and layers of a text can run.
+`ingest` measures `prepare` against its tokenizer alone, against `datasets.map`, and on two workers against one.
 A table goes to stderr, one JSON object to stdout. Exit code 1: a full run missed a promise. Needs what `rmt_core` needs
-and nothing else, so that it runs on a bare machine with an accelerator.
+and nothing else (but for `ingest`), so that it runs on a bare machine with an accelerator.
 """
 
 import sys

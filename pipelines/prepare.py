@@ -42,6 +42,7 @@ from pipelines.storage import FileEntry
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.prepare")
 
 _REPORT_S = 10.0  # between progress lines
+_MAX_IN_FLIGHT = 64  # batches of a unit, of about 5 MB each with their tokens; more than its reader can keep up with
 _SHOWN_KEYS = ("num_documents", "num_segments", "num_tokens", "num_errors", "num_bytes", "num_files", "errors")
 
 
@@ -159,7 +160,7 @@ def _in_flight(unit: Unit, num_units: int, num_cpus: int) -> int:
     """
     num_bytes = sum(max(0, file.num_bytes) for file in unit.files)
     few = num_units < num_cpus and num_bytes >= 4 * BATCH_CHARS
-    return 2 * num_cpus if few or num_bytes > inputs.UNIT_BYTES else 0
+    return min(2 * num_cpus, _MAX_IN_FLIGHT) if few or num_bytes > inputs.UNIT_BYTES else 0
 
 
 def _map(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:

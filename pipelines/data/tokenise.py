@@ -114,7 +114,7 @@ class JsonTokenizer:
         """The very bytes of a byte-level tokenizer, also of part of a character; else those of `decode`."""
         if self._token_bytes is None:
             return self.decode(ids).encode()
-        return b"".join(map(self._token_bytes.__getitem__, _as_ids(ids).tolist()))
+        return b"".join(self._token_bytes.take(_as_ids(ids)).tolist())
 
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None:
         """Where decoding `ids` (T,) does not give `text` back; `before` are the tokens of what stands before it."""
@@ -134,12 +134,12 @@ class JsonTokenizer:
         return f"bring the text into the tokenizer's own form ({', '.join(names)}) before preparing it, or {keep}"
 
     @functools.cached_property
-    def _token_bytes(self) -> list[bytes] | None:
-        """The bytes of each token of a byte-level tokenizer, which are what the library decodes; None for others."""
+    def _token_bytes(self) -> np.ndarray | None:
+        """(V,) the bytes of each token of a byte-level tokenizer: what the library decodes. None for others."""
         if (self._content.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
-        table = [b""] * self.vocab_size
+        table = np.full(self.vocab_size, b"", dtype=object)
         for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
             known = all(char in byte_of for char in token)
             table[number] = bytes(byte_of[char] for char in token) if known else token.encode()

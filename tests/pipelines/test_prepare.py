@@ -349,6 +349,25 @@ def test_an_input_without_any_document_still_ends_with_a_store(
     assert "nothing to do" in stderr
 
 
+def test_a_unit_spread_over_workers_becomes_the_same(
+    local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long documents, short ones and faulty ones in one unit of several batches."""
+    letters = np.random.default_rng(0).choice(list("etaoin shrdlu \u00e9"), 2_500_000)
+    directory = tmp_path / "in"
+    directory.mkdir()
+    (directory / "a.txt").write_text("".join(letters))
+    (directory / "b.txt").write_bytes("".join(letters[::-1]).encode() + b"\xff")
+    (directory / "c.jsonl").write_text('{"text": "short"}\nnope\n' * 100)
+    argv = ["--input", directory, "--segment-len", "100"]
+    assert _main(capfd, *argv, "--output", tmp_path / "one")[0] == 0
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 1)  # what is long enough to be spread
+    assert prepare._in_flight(Unit(0, storage.expand([str(directory)], SUFFIXES), "", 1, ""), 1, 2) == 4
+    assert _main(capfd, *argv, "--output", tmp_path / "spread")[0] == 0
+    assert _files(tmp_path / "spread") == _files(tmp_path / "one")
+    assert _errors(tmp_path / "one")[:2] == [("b.txt", "b", None, "not_utf8"), ("c.jsonl", None, 2, "not_json")]
+
+
 def _files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
