@@ -61,7 +61,7 @@ class Prefetched:
 
     def close(self) -> None:
         """Ends the background thread."""
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _discard(self) -> None:
         for ahead in self._ahead:

@@ -129,7 +129,10 @@ def train_worker(settings: dict[str, Any], monitor: Any) -> None:
         if prepared is None:
             return
         run = start_run(*prepared)
-    run.loop(monitor)
+    try:
+        run.loop(monitor)
+    finally:
+        run.lanes.close()
 
 
 def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
