@@ -156,11 +156,13 @@ def _run(units: list[Unit]) -> list[UnitResult]:
 def _in_flight(unit: Unit, num_units: int, num_cpus: int) -> int:
     """How many batches of a unit other workers tokenise at a time; 0: its own worker does all.
 
-    A unit is spread where it is so long that it would be the last to end, or where units are fewer than cores.
+    A unit is spread where it is so long that it would be the last to end, or where units are fewer than cores; on one
+    core there is nobody to spread it to.
     """
     num_bytes = sum(max(0, file.num_bytes) for file in unit.files)
     few = num_units < num_cpus and num_bytes >= 4 * BATCH_CHARS
-    return min(2 * num_cpus, _MAX_IN_FLIGHT) if few or num_bytes > inputs.UNIT_BYTES else 0
+    spread = num_cpus > 1 and (few or num_bytes > inputs.UNIT_BYTES)
+    return min(2 * num_cpus, _MAX_IN_FLIGHT) if spread else 0
 
 
 def _map(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:

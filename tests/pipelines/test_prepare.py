@@ -362,7 +362,8 @@ def test_a_unit_spread_over_workers_becomes_the_same(
     argv = ["--input", directory, "--segment-len", "100"]
     assert _main(capfd, *argv, "--output", tmp_path / "one")[0] == 0
     monkeypatch.setattr(prepare, "BATCH_CHARS", 1)  # what is long enough to be spread
-    assert prepare._in_flight(Unit(0, storage.expand([str(directory)], SUFFIXES), "", 1, ""), 1, 2) == 4
+    unit = Unit(0, storage.expand([str(directory)], SUFFIXES), "", 1, "")
+    assert [prepare._in_flight(unit, 1, num_cpus) for num_cpus in (1, 2)] == [0, 4]
     assert _main(capfd, *argv, "--output", tmp_path / "spread")[0] == 0
     assert _files(tmp_path / "spread") == _files(tmp_path / "one")
     assert _errors(tmp_path / "one")[:2] == [("b.txt", "b", None, "not_utf8"), ("c.jsonl", None, 2, "not_json")]
