@@ -8,7 +8,7 @@ from pipelines.config import InputError
 # extra of the distribution -> the modules that only it brings
 EXTRAS = {
     "train": ("deepspeed", "tensorboard", "tensorboardX"),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("boto3", "fastapi", "redis", "uvicorn"),
     "tracking": ("mlflow", "wandb"),
 }
 

@@ -4,8 +4,7 @@ A segment is closed, which updates the memory, by one `step` over it when it is 
 then its tokens are open: the memory is read, never written, and their keys and values are kept so that a further token
 costs one row. Rows of a batch may have any lengths.
 
-Axes: B rows, N tokens of a prompt, T tokens of a segment, C positions with keys and values, H heads,
-D width, V vocabulary.
+Axes: B rows, N tokens of a prompt, T tokens of a segment, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 
 from . import state as states
-from .backbone import Placement
-from .memory.base import Segment
+from .open_segments import OpenSegments
 from .recurrent import RecurrentModel
 from .state import State
 
@@ -136,38 +134,6 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     return torch.cat(drawn)
 
 
-class _KeyValues:
-    """Keys and values of the open segment's positions, in the form that transformers' attention updates.
-
-    `rows` says which rows of the batch a call is for; `at` (rows,) where a decoded token stands, None while a
-    segment is being opened.
-    """
-
-    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
-        self.batch_size = batch_size
-        self.capacity = capacity
-        self.keys: list[Tensor | None] = [None] * num_layers
-        self.values: list[Tensor | None] = [None] * num_layers
-        self.rows: Tensor | None = None
-        self.at: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Keep keys and values (rows, H, n, D / H); gives those that attention should see."""
-        return self._keep(self.keys, keys, layer_idx), self._keep(self.values, values, layer_idx)
-
-    def _keep(self, kept: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
-        buffer = kept[layer]
-        if buffer is None:
-            buffer = new.new_zeros(self.batch_size, new.shape[1], self.capacity, new.shape[3])
-            kept[layer] = buffer
-        assert self.rows is not None
-        if self.at is None:
-            buffer[self.rows, :, : new.shape[2]] = new
-            return new
-        buffer[self.rows, :, self.at] = new[:, :, 0]
-        return buffer[self.rows]
-
-
 class _Decoder:
     """A session in motion: the open segment's keys and values are made when a token is first appended."""
 
@@ -176,7 +142,7 @@ class _Decoder:
         self.state, self.tokens, self.lengths, self.hidden, self.num_read = session
         self.tokens = self.tokens.clone()  # edited in place below; the caller's session stays as it was
         self.within = self.state  # as it runs within the open segment, of memories that have such a state
-        self.key_values: _KeyValues | None = None
+        self.open_segments = OpenSegments(model, len(self.lengths))
         self.stale = torch.ones_like(self.lengths, dtype=torch.bool)  # rows whose keys and values are not there
 
     def session(self) -> Session:
@@ -229,52 +195,24 @@ class _Decoder:
 
     def _open(self, rows: Tensor) -> None:
         """Run the open tokens of some rows, at least one each, keeping keys and values."""
-        model, lengths = self.model, self.lengths[rows]
-        size = int(lengths.max())
+        lengths = self.lengths[rows]
         self.stale[rows] = False
-        kept = self._kept()
-        kept.rows, kept.at = rows, None
-        memory = model.memory
-        segment = Segment(size, lengths, memory.rows_before, stage="open")
-        reach = torch.arange(size + memory.rows_before + memory.context_len, device=rows.device)
-        hidden, within = model.read(
-            self.tokens[rows, :size],
-            states.select(self.state, rows),
-            segment,
-            Placement(reach[None], kv=kept),
+        hidden, within = self.open_segments.open(
+            rows, self.tokens[rows, : int(lengths.max())], lengths, states.select(self.state, rows)
         )
         self._keep_within(rows, within)
-        last = hidden[torch.arange(len(rows), device=rows.device), lengths - 1]
-        self.hidden = self.hidden.index_copy(0, rows, last)
+        self.hidden = self.hidden.index_copy(0, rows, hidden)
 
     def _extend(self, rows: Tensor) -> None:
         """Run one token of some rows, already put at the end of their open tokens."""
-        model, kept = self.model, self._kept()
-        at = self.lengths[rows] + model.memory.rows_before + self._context_filled(rows)
-        kept.rows, kept.at = rows, at
-        seen = torch.arange(kept.capacity, device=rows.device) <= at[:, None]  # (rows, C)
-        segment = Segment(1, None, 0, kept_start=model.memory.rows_before, stage="extend")
-        state = self.within if model.memory.runs_within else self.state
-        hidden, within = model.read(
-            self.tokens[rows, self.lengths[rows]][:, None],
-            states.select(state, rows),
-            segment,
-            Placement(at[:, None], mask=seen[:, None, None], kv=kept),
+        lengths = self.lengths[rows]
+        state = self.within if self.model.memory.runs_within else self.state
+        hidden, within = self.open_segments.extend(
+            rows, self.tokens[rows, lengths], lengths, states.select(state, rows)
         )
         self._keep_within(rows, within)
-        self.hidden = self.hidden.index_copy(0, rows, hidden[:, 0])
+        self.hidden = self.hidden.index_copy(0, rows, hidden)
 
     def _keep_within(self, rows: Tensor, within: State) -> None:
         if self.model.memory.runs_within:
             self.within = states.place(self.within, rows, within)
-
-    def _context_filled(self, rows: Tensor) -> Tensor | int:
-        """Valid context positions of some rows, (rows,)."""
-        return self.model.memory.context_filled(states.select(self.state, rows))
-
-    def _kept(self) -> _KeyValues:
-        if self.key_values is None:
-            memory = self.model.memory
-            capacity = memory.context_len + memory.rows_before + self.model.segment_len
-            self.key_values = _KeyValues(self.model.backbone.dimensions.num_layers, len(self.lengths), capacity)
-        return self.key_values

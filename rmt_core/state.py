@@ -82,6 +82,17 @@ def place(state: State, rows: Tensor, values: State) -> State:
     return tree_map(lambda old, new: old.index_copy(0, rows, new), state, values)
 
 
+def are_alike(a: State, b: State) -> bool:
+    """Whether both are the same tree of tensors of equal shapes and types: states of one model, of as many rows."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(are_alike(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(are_alike(a[key], b[key]) for key in a)
+    return False
+
+
 def zeroed(state: State) -> State:
     """A state that holds nothing: zeros in every tensor (the ablation "without memory")."""
     return tree_map(torch.zeros_like, state)
@@ -107,8 +118,11 @@ def norm(state: State) -> Tensor:
     return torch.cat(parts, dim=1).square().mean(1).sqrt()
 
 
-def to_bytes(state: State, fingerprint: str) -> bytes:
-    """The state as a safetensors file that names the model (`fingerprint`) it belongs to, sealed by a hash."""
+def to_bytes(state: State, fingerprint: str, notes: Any = None) -> bytes:
+    """The state as a safetensors file that names the model (`fingerprint`) it belongs to, sealed by a hash.
+
+    `notes` are what else is to be known of it, as JSON has it, under the same seal.
+    """
     tensors: dict[str, Tensor] = {}
 
     def shape_of(part: State) -> Any:
@@ -123,6 +137,8 @@ def to_bytes(state: State, fingerprint: str) -> bytes:
         raise TypeError(f"a state holds tensors, tuples and dictionaries, not {type(part).__name__}")
 
     about = {"sha256": UNSEALED, "format": FORMAT, "fingerprint": fingerprint, "tree": shape_of(state)}
+    if notes is not None:
+        about["notes"] = notes
     data = save_tensors(tensors, metadata={"state": json.dumps(about)})  # one entry: several have no fixed order
     return seal(data)
 
@@ -143,6 +159,11 @@ def _digest(data: bytes, at: int) -> str:
 
 def from_bytes(data: bytes, fingerprint: str) -> State:
     """The state written by `to_bytes`; a ValueError when any byte is altered, or the state is another model's."""
+    return with_notes_from_bytes(data, fingerprint)[0]
+
+
+def with_notes_from_bytes(data: bytes, fingerprint: str) -> tuple[State, Any]:
+    """`from_bytes`, and the notes that were written with the state; None where there were none."""
     about = _about(data)
     if about.get("format") != FORMAT:
         raise ValueError(f"state format is {about.get('format')!r}; this version reads {FORMAT!r}")
@@ -167,7 +188,7 @@ def from_bytes(data: bytes, fingerprint: str) -> State:
             return {key: build(item) for key, item in part.items()}
         raise ValueError(f"not a state: its tree names {part!r}, which is not in the file")
 
-    return build(about.get("tree"))
+    return build(about.get("tree")), about.get("notes")
 
 
 def _about(data: bytes) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What `benchmark` measures: the benchmarks by name."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,18 @@ class Benchmark(NamedTuple):
     sizes: Callable[[str, bool], Any]
 
 
+def _named(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is called: what needs the whole distribution."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"pipelines.benchmarks.{module}"), function)(*arguments)
+
+    return call
+
+
 BENCHMARKS = {
     "core": Benchmark(core.core, core.sizes),
     "memory": Benchmark(memory.memory, memory.sizes),
     "ingest": Benchmark(ingest.ingest, ingest.sizes),
+    "serve": Benchmark(_named("serving", "serve"), _named("serving", "sizes")),
 }

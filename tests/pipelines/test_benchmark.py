@@ -75,6 +75,19 @@ def test_memory_runs_on_a_bare_machine_and_its_last_line_is_json() -> None:
     check_orders(found)
 
 
+@pytest.mark.slow
+def test_serve_runs_and_its_equalities_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["serve", "--quick"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["promises"]["batched_tokens_are_those_alone"]
+    assert found["promises"]["known_prefix_same_output"]
+    assert found["storing"]["rmt"]["state_bytes"] == 16 * 96 * 4  # memory tokens x width x float32
+    assert found["storing"]["rmt"]["cache_bytes"] == 2 * 2 * 32 * 32_768 * 4  # keys, values x layers x width of a head
+    assert found["prefix"]["num_tokens"] == 69
+    for name in ("to_alone", "to_hugging_face"):
+        assert found["batching"][name]["ratio"] > 0
+
+
 def test_a_missing_peer_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "PACKAGE", "no_such_package")
     model, reason = peer.build_peer(replay.QUICK, 4, "cpu")

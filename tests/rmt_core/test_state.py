@@ -132,6 +132,33 @@ def test_views_and_gradients_survive_bytes_as_values() -> None:
     assert not any(leaf.requires_grad for leaf in states.leaves(again))
 
 
+@pytest.mark.parametrize("notes", [{"of": ["a", 1, None]}, [], 0, None])
+def test_notes_are_under_the_seal_and_come_back(notes: Any) -> None:
+    written = torch.arange(6.0).view(1, 6)
+    data = states.to_bytes(written, "f", notes)
+    found, said = states.with_notes_from_bytes(data, "f")
+    assert torch.equal(found, written)
+    assert said == notes
+    assert torch.equal(states.from_bytes(data, "f"), written)
+    if notes:
+        with pytest.raises(ValueError, match="not a state"):
+            states.from_bytes(data.replace(b"of", b"if"), "f")
+
+
+def test_states_are_alike_in_tree_shapes_and_types() -> None:
+    one = {"a": torch.zeros(1, 2), "b": (torch.zeros(1, dtype=torch.long), ())}
+    assert states.are_alike(one, states.tree_map(torch.ones_like, one))
+    for other in (
+        {"a": torch.zeros(1, 3), "b": one["b"]},
+        {"a": torch.zeros(1, 2, dtype=torch.float64), "b": one["b"]},
+        {"a": one["a"], "c": one["b"]},
+        {"a": one["a"], "b": (torch.zeros(1, dtype=torch.long),)},
+        (one["a"], one["b"]),
+        one["a"],
+    ):
+        assert not states.are_alike(one, other)
+
+
 def test_equal_states_have_equal_bytes() -> None:
     assert states.to_bytes(tree(), FINGERPRINT) == states.to_bytes(tree(), FINGERPRINT)
 

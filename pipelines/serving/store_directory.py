@@ -1,0 +1,66 @@
+"""Sessions as files: <root>/<first two letters of the group>/<group>/<part>."""
+
+import contextlib
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines import storage
+
+from .store import Blob, ConflictError, Entry
+
+
+class DirectoryStore:
+    """Files in a directory that all processes which share it can lock (`flock`: a disk, or an NFS 4 mount).
+
+    A file appears by a rename when it is whole and flushed. Comparing and replacing happen under the lock of the
+    name's first two letters.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(storage.absolute(root))
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str) -> Blob | None:
+        try:
+            data = self._path(name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Blob(data, hashlib.sha256(data).hexdigest())
+
+    def put(self, name: str, data: bytes, tag: str | None) -> str:
+        with self._locked(name):
+            found = self.get(name)
+            if (None if found is None else found.tag) != tag:
+                raise ConflictError(name)
+            storage.write_bytes(str(self._path(name)), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def delete(self, name: str) -> bool:
+        path = self._path(name)
+        with self._locked(name):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            with contextlib.suppress(OSError):  # other parts are still there
+                path.parent.rmdir()
+        return True
+
+    def entries(self, group: str | None = None) -> Iterator[Entry]:
+        for path in sorted(self.root.glob(f"??/{group or '*'}/[!.]*")):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                found = path.stat()
+                yield Entry(f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime)
+
+    def _path(self, name: str) -> Path:
+        return self.root / name[:2] / name
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        path = self.root / name[:2] / ".lock"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+            yield
