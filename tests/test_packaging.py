@@ -42,6 +42,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {"rmt_core/__init__.py", "rmt_core/py.typed", "pipelines/__init__.py", "pipelines/py.typed"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"rmt_core", "pipelines"}
+    assert "pipelines/serving/web/index.html" in names
     assert not [name for name in names if "__pycache__" in name]
     assert not [name for name in names if name.endswith((".parquet", ".safetensors"))]
 
@@ -51,7 +52,7 @@ def test_the_wheel_names_scripts_and_extras(wheel: Path) -> None:
         (entry_points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
         scripts = archive.read(entry_points).decode()
         metadata = archive.read(entry_points.replace("entry_points.txt", "METADATA")).decode()
-    for job in ("prepare", "train", "evaluate", "summarise", "benchmark"):
+    for job in ("prepare", "train", "evaluate", "serve", "summarise", "benchmark"):
         assert f"rmt-{job} = pipelines.{job}:main" in scripts
     for extra in ("train", "serve", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata

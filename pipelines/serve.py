@@ -1,0 +1,111 @@
+"""Serve a trained model over HTTP: OpenAI's interface, sessions that read texts of any length, summaries, a web page.
+
+    python pipelines/serve.py --model runs/train/model
+    python pipelines/serve.py --model runs/train/model --host 0.0.0.0 --api-keys keys.txt
+
+Runs on Ray Serve until it is interrupted. What a session has read is a state of constant size in `--store`, so that any
+replica goes on with it, also after a restart. Without `--api-keys` only this machine is served. In a RayService of
+KubeRay the import path is `pipelines.serve:build`, with the settings below as `args`.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipelines import config as configs
+from pipelines import storage
+from pipelines.cluster import connect
+from pipelines.config import InputError, run_job
+from pipelines.extras import require_extra
+from pipelines.serving.serve_config import ServeConfig
+
+log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.serve")
+
+APPLICATION = "rmt"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    assert __doc__
+    return run_job(run, ServeConfig, argv, prog="serve", description=__doc__.splitlines()[0])
+
+
+def build(args: Mapping[str, Any]) -> Any:
+    """The application for a Serve config file or a RayService; `args` are settings by their names. InputError.
+
+    The address is the proxy's there, not ours, so api_keys are needed unless `host` says that it is a loopback one.
+    """
+    return _application(configs.build(ServeConfig, {"host": "0.0.0.0", **args}))
+
+
+def run(config: ServeConfig) -> dict[str, Any]:
+    """Serves until SIGINT or SIGTERM; then where it served. InputError."""
+    require_extra("serve", job="serve")
+    application = _application(config)
+    port = _free_port(config)
+    url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}"
+    from ray import serve
+
+    with connect(), _until_told() as told:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 75},
+        )
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+            log.info("serving %s on %s", config.served_name, url)
+            print(url, file=sys.stderr, flush=True)
+            told.wait()
+            log.info("leaving: what is being served is ended first")
+        finally:
+            serve.shutdown()
+    return {"model": config.served_name, "url": url}
+
+
+def _application(config: ServeConfig) -> Any:
+    from pipelines.serving.auth import read_keys
+    from pipelines.serving.deployment import application, check
+
+    keys = None if config.api_keys is None else read_keys(config.api_keys)
+    if "://" not in config.store and config.store != "memory:":
+        config = config.model_copy(update={"store": storage.absolute(config.store)})
+    config = config.model_copy(update={"model": storage.absolute(config.model), "model_name": config.served_name})
+    check(config)
+    return application(config, keys)
+
+
+def _free_port(config: ServeConfig) -> int:
+    """The port to listen on; InputError where something listens there already."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise InputError(f"--host {config.host} --port {config.port}: {error}; give another --port") from error
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _until_told() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set."""
+    told = threading.Event()
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
