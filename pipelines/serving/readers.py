@@ -45,6 +45,7 @@ class Reader:
         self.hidden = None if len(self.tokens) else start.hidden  # (1, D) at the last token, where the next is chosen
         self.num_before = start.num_closed  # tokens of the document before these
         self.num_closed = 0  # of `tokens`
+        self.num_carried = len(start.open_tokens)  # of `tokens`, those of earlier requests
         self.num_cached = 0  # of the tokens, those in segments that were found in the prefix cache
         self.slot: int | None = None  # where keys and values of the open tokens are
         self.num_in_slot = 0  # open tokens whose keys and values are there
@@ -126,7 +127,7 @@ class Reader:
 
     def done(self) -> Done:
         assert self.reason is not None
-        usage = Usage(len(self.request.tokens), len(self.written), self.num_cached)
+        usage = Usage(len(self.request.tokens), len(self.written), max(0, self.num_cached - self.num_carried))
         return Done(self.reason, usage, self.num_tokens, self.num_segments)
 
 
