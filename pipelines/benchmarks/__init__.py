@@ -29,4 +29,5 @@ BENCHMARKS = {
     "memory": Benchmark(memory.memory, memory.sizes),
     "ingest": Benchmark(ingest.ingest, ingest.sizes),
     "serve": Benchmark(_named("serving", "serve"), _named("serving", "sizes")),
+    "serve_http": Benchmark(_named("serving_http", "serve_http"), _named("serving_http", "sizes")),
 }

@@ -75,9 +75,9 @@ class Front:
 
     async def encode(self, text: str) -> list[int]:
         """Tokens of a text, at most as many as are allowed."""
-        tokens: list[int] = await asyncio.to_thread(lambda: self.tokenizer.encode(text).tolist())
+        tokens = await asyncio.to_thread(self.tokenizer.encode, text)
         self.check_num_tokens(len(tokens))
-        return tokens
+        return tokens.tolist()
 
     def check_num_tokens(self, num_tokens: int) -> None:
         limit = self.config.max_prompt_tokens

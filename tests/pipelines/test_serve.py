@@ -89,28 +89,28 @@ def test_a_rayservice_needs_keys_as_its_proxy_is_reached_from_outside(model: str
 # --- on Ray -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def url(model: str, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def deploy(model: str, store: Path, **settings: Any) -> None:
     """Two replicas with a store of files."""
     from ray import serve as ray_serve
 
-    port = serve._free_port(make_config(port=0))
-    application = serve.build(
-        {
-            "model": model,
-            "host": "127.0.0.1",
-            "store": str(tmp_path_factory.mktemp("sessions")),
-            "min_replicas": 2,
-            "max_replicas": 2,
-            "num_slots": 4,
-            "max_requests": 4,
-            "max_new_tokens": 100_000,
-            "drain_timeout_s": 5.0,
-            "replica_cpus": 0.5,
-        }
-    )
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    common = {"model": model, "host": "127.0.0.1", "store": str(store), "min_replicas": 2, "max_replicas": 2}
+    limits = {"num_slots": 4, "max_requests": 4, "max_new_tokens": 100_000, "replica_cpus": 0.4}
+    application = serve.build({**common, **limits, **settings})
     ray_serve.run(application, name="rmt-test", route_prefix="/")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sessions")
+
+
+@pytest.fixture(scope="module")
+def url(model: str, local_ray: None, store: Path) -> Iterator[str]:
+    from ray import serve as ray_serve
+
+    port = serve._free_port(make_config(port=0))
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    deploy(model, store)
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
 
@@ -205,6 +205,20 @@ def test_a_session_goes_on_after_its_replica_was_killed_in_the_middle_of_a_reque
     until(goes_on, "the next answer", 60)
     assert found["text"] == written(TEXT.encode(), 9)
     assert found["version"] == 2
+
+
+@pytest.mark.slow
+def test_a_redeploy_lets_what_is_being_written_end(url: str, model: str, store: Path) -> None:
+    body = {"model": "tiny", "prompt": TEXT, "max_tokens": 1500, "temperature": 0, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        deployed = threading.Thread(target=deploy, args=(model, store), kwargs={"max_requests": 5})
+        deployed.start()
+        *_, last = (line for line in lines if line)
+    deployed.join(120)
+    assert last == "data: [DONE]"
+    assert httpx.get(f"{url}/readyz").status_code == 200
 
 
 @pytest.mark.slow

@@ -174,7 +174,10 @@ def test_nothing_that_is_written_is_seen_in_logs_metrics_or_errors(
         for answer in answers
         if CANARY in answer.text.replace("no parameter " + CANARY, "").replace(f'"param":"{CANARY}"', "")
     ]
-    assert CANARY not in server.http.get("/metrics").text
+    metrics = server.http.get("/metrics").text
+    assert 'rmt_answers_total{method="POST",route="/v1/completions",status="200"}' in metrics
+    assert 'route="/v1/sessions/{session}/append"' in metrics
+    assert CANARY not in metrics
     assert CANARY not in caplog.text
     assert CANARY not in "".join(capfd.readouterr())
 
