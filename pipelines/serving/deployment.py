@@ -113,5 +113,5 @@ def application(config: ServeConfig, keys: Sequence[Key] | None) -> serve.Applic
 
 
 def check(config: ServeConfig) -> None:
-    """InputError where a replica could not start: before Ray tries again and again."""
-    build_front(config)
+    """InputError where a replica could not start, before Ray tries again and again. Needs no GPU here."""
+    build_front(config.model_copy(update={"device": "cpu"}))
