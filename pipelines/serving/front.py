@@ -6,7 +6,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -138,7 +138,7 @@ class Running:
         assert not isinstance(first, Ping)
         self._first = first
 
-    async def events(self) -> AsyncIterator[Event | Ping]:
+    async def events(self) -> AsyncGenerator[Event | Ping, None]:
         """All events up to `Done`, with pings in long silences. Raises ApiError."""
         assert self._first is not None
         event: Event | Ping = self._first

@@ -51,7 +51,7 @@ def routes(front: Front) -> APIRouter:
 
     @router.post("/{session}/fork", status_code=201)
     async def fork(session: str, http: HttpRequest, body: ForkSession | None = None) -> dict[str, Any]:
-        body = body or ForkSession()
+        body = body or ForkSession(id=None, version=None)
         new = _new_id(body.id)
         return _described(new, await front.call(sessions.fork, http.state.tenant, session, new, body.version))
 
@@ -119,7 +119,7 @@ def _chunks(request: Request, event: Event) -> Iterator[dict[str, Any]]:
 
 def _result(request: Request, done: Done, text: str | None) -> dict[str, Any]:
     """How a request of a session ended; in a stream the text has been sent before."""
-    written = {} if not request.max_new_tokens else {"finish_reason": done.finish_reason}
+    written: dict[str, str] = {} if not request.max_new_tokens else {"finish_reason": done.finish_reason}
     if text is not None and request.max_new_tokens:
         written["text"] = text
     return {

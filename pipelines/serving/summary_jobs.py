@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, replace
 from traceback import format_tb
 from typing import Any, Literal
@@ -148,7 +148,7 @@ class SummaryJobs:
                     sessions = self._front.service.sessions
                     await self._front.service.call(sessions.delete, request.tenant, request.session)
 
-    async def _steps(self, job: Job, request: Request) -> AsyncIterator[Job]:
+    async def _steps(self, job: Job, request: Request) -> AsyncGenerator[Job, None]:
         """The job as it goes on; the last one has ended."""
         service, parts = self._front.service, []
         try:

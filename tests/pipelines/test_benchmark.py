@@ -174,3 +174,11 @@ def test_the_exponent_is_that_of_a_power_law() -> None:
     lengths = [2**i for i in range(4, 9)]
     assert core.exponent(lengths, [3 * n**1.5 for n in lengths]) == pytest.approx(1.5)
     assert core.exponent(lengths, [0.2 * n for n in lengths]) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_serve_http_runs_and_gives_the_librarys_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["serve_http", "--quick"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["promises"]["texts_are_those_alone"]
+    assert found["to_alone"]["ratio"] > 0

@@ -202,8 +202,7 @@ def test_too_many_requests_get_429_and_when_to_come_again() -> None:
             "temperature": 0,
             "ignore_eos": True,
         }
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as held:
-            next(held.iter_lines())
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60):
             refused = server.http.post("/v1/completions", json=body)
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
