@@ -39,7 +39,7 @@ def make_config(**settings: Any) -> ServeConfig:
 def make_app(
     config: ServeConfig, keys: Sequence[Key] | None = None, store: Store | None = None, chat: ChatFormat | None = None
 ) -> tuple[FastAPI, Front]:
-    settings = Settings(num_slots=config.num_slots, server_key=b"key")
+    settings = Settings(num_slots=config.num_slots, prefix_bytes=config.prefix_cache_bytes, server_key=b"key")
     engine = Engine(MODEL, settings, fingerprint="f" * 64, tokenizer=BYTES)
     sessions = Sessions(
         store if store is not None else MemoryStore(),

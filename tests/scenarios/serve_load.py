@@ -89,7 +89,7 @@ class Load:
         async with self.client.stream("POST", f"/v1/sessions/{session}/generate", json=body) as answer:
             self._seen(answer.status_code)
             async for line in answer.aiter_lines():
-                if '"error"' in line:
+                if answer.status_code == 200 and '"error"' in line:
                     self.faults["error in a stream"] += 1
                 if '"session.text"' not in line:
                     continue
@@ -99,15 +99,21 @@ class Load:
                 if num_events == leaves_after:
                     self.broken_off["streams"] += 1
                     break
-        if answer.status_code == 429:
-            await asyncio.sleep(float(answer.headers["retry-after"]))
+        await _heed(answer)
 
     async def _post(self, path: str, **request: object) -> None:
         answer = await self.client.post(path, **request)  # type: ignore[arg-type]
         self._seen(answer.status_code)
+        await _heed(answer)
 
     def _seen(self, status: int) -> None:
         self.statuses[status] += 1
+
+
+async def _heed(answer: httpx.Response) -> None:
+    """Wait as long as a server asks for that has no room."""
+    if answer.status_code == 429:
+        await asyncio.sleep(float(answer.headers["retry-after"]))
 
 
 class _VanishedError(Exception):
@@ -185,7 +191,16 @@ def own_server() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         rmt_core.save(Path(folder) / "tiny", MODEL, tokenizer=BYTES)
         words = [sys.executable, str(ROOT / "pipelines" / "serve.py"), "--model", f"{folder}/tiny", "--port", "0"]
-        words += ["--store", f"{folder}/sessions", "--max-requests", "512", "--replica-cpus", "0.5"]
+        words += [
+            "--store",
+            f"{folder}/sessions",
+            "--max-requests",
+            "512",
+            "--prefix-cache-bytes",
+            "8m",
+            "--replica-cpus",
+            "0.5",
+        ]
         log = Path(folder) / "log"
         with log.open("w") as lines, subprocess.Popen(words, stderr=lines, stdout=subprocess.DEVNULL) as process:
             try:
