@@ -21,6 +21,7 @@ import uvicorn
 from transformers import LlamaConfig
 
 import rmt_core
+from pipelines.config import build
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.serving.app import create_app
 from pipelines.serving.chat import ChatFormat
@@ -162,7 +163,7 @@ def _serve(folder: str, sizes: Sizes, device: str, started: Connection) -> None:
     settings = Settings(num_slots=sizes.num_sessions, prefix_bytes=0)
     engine = Engine(model, settings, fingerprint=rmt_core.fingerprint(model), tokenizer=bytes_)
     sessions = Sessions(MemoryStore(), engine.start(), fingerprint=engine.fingerprint)
-    config = ServeConfig(model=folder, model_name="m", store="memory:")
+    config = build(ServeConfig, {"model": folder, "model_name": "m", "store": "memory:"})
     app = create_app(Front(Service(engine, sessions), bytes_, config, ChatFormat(None)), None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         started.send(listener.getsockname()[1])  # connections wait until it accepts them
