@@ -34,8 +34,8 @@ test: $(STAMP) ## run the tests, all but the long ones; TEST_WORKERS=n takes n p
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 
 .PHONY: test-long
-test-long: $(STAMP) ## run the long tests: that each kind of memory learns, and compiles
-	$(PYTEST) -m long $(PYTEST_ARGS)
+test-long: $(STAMP) ## run the long tests: every kind learns and compiles, jobs are killed and go on, servers under load
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m long $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(STAMP) ## lint, formatting, types

@@ -87,7 +87,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_estimate_is_within_a_tenth_of_what_training_takes(

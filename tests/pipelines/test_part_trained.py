@@ -19,6 +19,8 @@ from pipelines.training.costs import outline, segment_cost
 from pipelines.training.settings import TrainConfig
 from rmt_core.checkpoint import tensors_of
 
+pytestmark = pytest.mark.long
+
 STAGES = (0, 1, 2, 3)
 PEAK = 1e9
 
@@ -161,7 +163,6 @@ def test_figures_of_a_run_are_told(ran: Path, stage: int) -> None:
     assert metrics["mfu_fraction"] == pytest.approx(metrics["tokens_per_s"] * of_a_token / (2 * PEAK))
 
 
-@pytest.mark.long
 def test_another_number_of_workers_goes_on_with_what_is_trained(ran: Path) -> None:
     spawn(one_worker, 1, ran)
     for stage in (1, 2):

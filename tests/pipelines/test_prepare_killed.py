@@ -95,7 +95,7 @@ def files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_driver_and_worker_change_nothing(
     local_ray: None, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

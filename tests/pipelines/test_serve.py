@@ -234,20 +234,25 @@ def test_the_command_serves_until_it_is_told_and_ends_what_it_serves(model: str,
         "memory:",
     ]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
-        reader.start()
-        until(
-            lambda: process.poll() is not None or any(line.startswith("http://") for line in lines), "its address", 90
-        )
-        address = next((line.strip() for line in lines if line.startswith("http://")), None)
-        assert address is not None, "".join(lines)
-        body = {"model": "tiny", "prompt": TEXT, "max_tokens": 9, "temperature": 0}
-        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
-        assert answer.json()["choices"][0]["text"] == written(TEXT.encode(), 9)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        assert process.stdout is not None
-        assert json.loads(process.stdout.read()) == {"model": "tiny", "url": address}
-        reader.join()
+        try:
+            assert process.stderr is not None
+            lines: list[str] = []
+            reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()))
+            reader.start()
+            until(
+                lambda: process.poll() is not None or any(line.startswith("http://") for line in lines),
+                "its address",
+                90,
+            )
+            address = next((line.strip() for line in lines if line.startswith("http://")), None)
+            assert address is not None, "".join(lines)
+            body = {"model": "tiny", "prompt": TEXT, "max_tokens": 9, "temperature": 0}
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+            assert answer.json()["choices"][0]["text"] == written(TEXT.encode(), 9)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert process.stdout is not None
+            assert json.loads(process.stdout.read()) == {"model": "tiny", "url": address}
+            reader.join()
+        finally:
+            process.terminate()  # whatever failed: leaving the block waits for its end
