@@ -3,8 +3,8 @@
 import torch
 
 # Dense operations a second in bfloat16 (tensor cores; float16 where there is no bfloat16) and in float32 (no tensor
-# cores), by a part of the name that the driver gives; the first that fits counts. Nominal figures, not measured: where a data
-# sheet says otherwise, `report.peak_flops` has the last word.
+# cores), by a part of the name that the driver gives; the first that fits counts. Nominal figures, not
+# measured: where a data sheet says otherwise, `report.peak_flops` has the last word.
 PEAK_FLOPS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250e12, 75e12),
     ("H200", 989e12, 67e12),
