@@ -31,33 +31,34 @@ MODES = {
     "replay": {"mode": "replay"},
     "exact": {"mode": "truncated", "bptt_segments": 2, "exact_depth": True},
 }
-# Name -> ZeRO stage, gradient mode, other settings.
-CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
-    f"zero{stage}-{mode}": (stage, mode, {}) for stage in range(4) for mode in MODES if mode != "exact"
-}
 ACCUMULATED = {"optimizer": {"accumulation_steps": 2}}
 UNEVEN = {"batch_size": 5}
+OFFLOADED = {"workers": {"offload_optimizer": True}}
 SAMPLING = {"model": {"memory": {"kind": "infinity", "num_basis": 8, "kl_weight": 0.0}}}
 DROPOUT = {"model": {"family": "gpt2", "max_positions": 64, "memory": {"kind": "rmt", "num_tokens": 2}}}
-CASES |= {
-    "zero2-exact": (2, "exact", {}),
-    "zero3-exact": (3, "exact", {}),
-    **{f"zero{stage}-accumulated-full": (stage, "full", ACCUMULATED) for stage in range(4)},
-    "zero2-accumulated-replay": (2, "replay", ACCUMULATED),
-    "zero3-accumulated-replay": (3, "replay", ACCUMULATED),
-    "zero1-uneven-replay": (1, "replay", UNEVEN),
-    "zero3-uneven-full": (3, "full", UNEVEN),
-    "zero1-offload": (1, "full", {"workers": {"offload_optimizer": True}}),
-    "zero2-offload": (2, "replay", {"workers": {"offload_optimizer": True}}),
-    "zero3-offload": (3, "replay", {"workers": {"offload_optimizer": True}}),
-    "zero2-sampling": (2, "replay", SAMPLING),
-    "zero3-sampling": (3, "checkpoint", SAMPLING),
-}
 LORA = {"model": {"train": "lora", "lora": {"rank": 2}}, "optimizer": {"learning_rate": 0.02}}
 FROZEN = {"model": {"train": "memory"}, "optimizer": {"learning_rate": 0.02}}
-CASES |= {f"zero{stage}-lora": (stage, "full", LORA) for stage in range(4)}
-CASES |= {"zero2-lora-replay": (2, "replay", LORA), "zero3-lora-checkpoint": (3, "checkpoint", LORA)}
-CASES |= {"zero1-memory": (1, "replay", FROZEN), "zero3-memory": (3, "full", FROZEN)}
+# Name -> ZeRO stage, gradient mode, other settings.
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    **{f"zero{stage}-{mode}": (stage, mode, {}) for stage in range(4) for mode in MODES if mode != "exact"},
+    **{f"zero{stage}-accumulated-full": (stage, "full", ACCUMULATED) for stage in range(4)},
+    "zero3-uneven-full": (3, "full", UNEVEN),
+    "zero2-offload": (2, "replay", OFFLOADED),
+    "zero2-sampling": (2, "replay", SAMPLING),
+    "zero3-lora-checkpoint": (3, "checkpoint", LORA),
+    "zero1-memory": (1, "replay", FROZEN),
+}
+MORE: dict[str, tuple[int, str, dict[str, Any]]] = {
+    **{f"zero{stage}-exact": (stage, "exact", {}) for stage in (2, 3)},
+    **{f"zero{stage}-accumulated-replay": (stage, "replay", ACCUMULATED) for stage in (2, 3)},
+    "zero1-uneven-replay": (1, "replay", UNEVEN),
+    "zero1-offload": (1, "full", OFFLOADED),
+    "zero3-offload": (3, "replay", OFFLOADED),
+    "zero3-sampling": (3, "checkpoint", SAMPLING),
+    **{f"zero{stage}-lora": (stage, "full", LORA) for stage in range(4)},
+    "zero2-lora-replay": (2, "replay", LORA),
+    "zero3-memory": (3, "full", FROZEN),
+}
 DROPPING = {f"zero{stage}-dropout-{mode}": (stage, mode, DROPOUT) for stage in (0, 2, 3) for mode in ("full", "replay")}
 DROPPING["zero2-dropout-checkpoint"] = (2, "checkpoint", DROPOUT)
 
@@ -85,8 +86,11 @@ def settings(zero_stage: int, mode: str, changes: dict[str, Any]) -> TrainConfig
     return build(TrainConfig, merged(base, changes))
 
 
+books = functools.cache(BookStore)
+
+
 def fresh_model(config: TrainConfig) -> rmt_core.RecurrentModel:
-    store = BookStore(config.segment_len)
+    store = books(config.segment_len)
     torch.manual_seed(config.seed)
     model = rmt_core.build(model_config(config, store.load_tokenizer(), config.segment_len)).train()
     choose_trained(model, config.model)
@@ -94,7 +98,7 @@ def fresh_model(config: TrainConfig) -> rmt_core.RecurrentModel:
 
 
 def lanes_of(config: TrainConfig, rank: int, world_size: int) -> lanes.Lanes:
-    store = BookStore(config.segment_len)
+    store = books(config.segment_len)
     return lanes.Lanes(make_lanes(config, store, store.load_tokenizer())[rank::world_size], config.segment_len)
 
 
@@ -128,8 +132,8 @@ class Reduced:
         return counted
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """All cases on one of two processes; rank 0 writes each case's parameters and what was reduced."""
+def worker(rank: int, port: int, folder: str, cases: dict[str, tuple[int, str, dict[str, Any]]]) -> None:
+    """The cases on one of two processes; rank 0 writes each case's parameters and what was reduced."""
     import deepspeed
 
     torch.set_num_threads(1)
@@ -137,7 +141,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD_SIZE)
     reduced, counts = Reduced(), {}
-    for name, case in (CASES | DROPPING).items():
+    for name, case in cases.items():
         config = settings(*case)
         given = engines.deepspeed_config(config, WORLD_SIZE)
         given["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even the smallest parameter
@@ -214,21 +218,38 @@ def reference(words: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engine")
+    return run_cases(tmp_path_factory.mktemp("engine"), CASES)
+
+
+@pytest.fixture(scope="module")
+def more_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_cases(tmp_path_factory.mktemp("engine"), MORE | DROPPING)
+
+
+def run_cases(folder: Path, cases: dict[str, tuple[int, str, dict[str, Any]]]) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=WORLD_SIZE)  # type: ignore[attr-defined]
+    multiprocessing.spawn(worker, args=(port, str(folder), cases), nprocs=WORLD_SIZE)  # type: ignore[attr-defined]
     return folder
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_workers_equal_one_process(trained: Path, name: str) -> None:
-    config = settings(*CASES[name])
+    check_against_reference(trained / name, settings(*CASES[name]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MORE)
+def test_two_workers_equal_one_process_in_further_ways(more_trained: Path, name: str) -> None:
+    check_against_reference(more_trained / name, settings(*MORE[name]))
+
+
+def check_against_reference(folder: Path, config: TrainConfig) -> None:
     same = config.model_dump(mode="json") | {"workers": {"num_workers": 1}}
     if config.gradient.bptt_segments is None:
         same["gradient"] = MODES["full"]  # the modes that are exact have one reference
-    start, found = plain_tensors(fresh_model(config)), rmt_core.load(trained / name)
+    start, found = plain_tensors(fresh_model(config)), rmt_core.load(folder)
     wanted = reference(json.dumps(same))
     moved = 0.0
     for key, tensor in tensors_of(found).items():
@@ -237,10 +258,11 @@ def test_two_workers_equal_one_process(trained: Path, name: str) -> None:
     assert moved > 1e-3  # otherwise nothing was learned and the equality says nothing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in DROPPING if not name.endswith("full")])
-def test_what_is_computed_again_drops_out_the_same(trained: Path, name: str) -> None:
+def test_what_is_computed_again_drops_out_the_same(more_trained: Path, name: str) -> None:
     stage = DROPPING[name][0]
-    found, wanted = rmt_core.load(trained / name), rmt_core.load(trained / f"zero{stage}-dropout-full")
+    found, wanted = rmt_core.load(more_trained / name), rmt_core.load(more_trained / f"zero{stage}-dropout-full")
     for key, tensor in tensors_of(found).items():
         torch.testing.assert_close(tensor, tensors_of(wanted)[key], atol=1e-6, rtol=0)
 

@@ -535,7 +535,7 @@ def test_from_s3_to_s3_as_a_command(s3_bucket: str) -> None:
     assert _errors(output) == [("c.txt", "c", None, "not_utf8"), ("gone.txt", None, None, "unreadable")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_leaves_no_store(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": "some words " * 20}) + "\n" for _ in range(200_000))
     (tmp_path / "a.jsonl").write_text(lines)

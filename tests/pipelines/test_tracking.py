@@ -131,7 +131,7 @@ def track_offline(output: Path, ids: dict[str, str], monkeypatch: pytest.MonkeyP
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wandb_offline_keeps_the_run_below_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     run_id, project, name = track_offline(tmp_path / "run", {}, monkeypatch)
