@@ -80,6 +80,15 @@ class Compared(NamedTuple):
     ratio_of_medians: float
     ratio_quartiles: list[float]  # the first and the third, of the ratios of neighbours
 
+    def lowest(self) -> float:
+        """The smaller of both ratios: a busy machine shifts the least times or the medians by several hundredths, even
+        of equal work, and a first piece that is truly slower is so in both."""
+        return min(self.ratio, self.ratio_of_medians)
+
+    def highest(self) -> float:
+        """The larger of both ratios, for the same reason: a second piece that is truly slower is so in both."""
+        return max(self.ratio, self.ratio_of_medians)
+
 
 def compare(first: Callable[[], object], second: Callable[[], object], repeats: int, device: str) -> Compared:
     """Both in turn `repeats` times (at least 2), now the one before, now the other; once before, untimed."""

@@ -14,7 +14,7 @@ from rmt_core import RecurrentModel
 from rmt_core.diagonal import Part
 from rmt_core.schedule import choose
 
-from .measuring import VOCAB, compare, random_tokens, seconds, tell
+from .measuring import VOCAB, Compared, compare, random_tokens, seconds, tell
 
 MIN_AUTO_RATIO = 0.97  # of the sequential order's time to that of the chosen one
 MIN_DIAGONAL_RATIO = 1.8  # on an accelerator, with segments of 512 to 1024 tokens
@@ -190,14 +190,14 @@ def orders(sizes: Sizes, device: str) -> dict[str, Any]:
         cases.append(found := measure(case, sizes.repeats, device))
         tell(_line(case, found))
         gc.collect()  # a model and its graph are a ring
-    result: dict[str, Any] = {"least_auto_ratio": min(_undisturbed(found["auto"]) for found in cases)}
+    result: dict[str, Any] = {"least_auto_ratio": min(Compared(**found["auto"]).highest() for found in cases)}
     promises = {
         "auto_never_slower": result["least_auto_ratio"] >= MIN_AUTO_RATIO,
         "orders_agree": all(found["max_difference"] <= MAX_DIFFERENCE for found in cases),
     }
     if device == "cuda":
         promised = [
-            _undisturbed(found["diagonal"])
+            Compared(**found["diagonal"]).highest()
             for found in cases
             if 512 <= found["segment_len"] <= 1024 and found["num_rows"] == 1 and not found["learns"]
         ]
@@ -207,12 +207,6 @@ def orders(sizes: Sizes, device: str) -> dict[str, Any]:
         result["full_attention"] = against_full_attention(sizes.full_attention_tokens, device)
         tell(f"against full attention: {result['full_attention']}")
     return {**result, "promises": promises, "cases": cases}
-
-
-def _undisturbed(times: dict[str, Any]) -> float:
-    """The larger of both ratios: a busy machine shifts the least times or the medians by several hundredths, even of
-    equal work, and an order that is truly slower is so in both."""
-    return max(times["ratio"], times["ratio_of_medians"])
 
 
 def _line(case: Case, found: dict[str, Any]) -> str:
