@@ -2,11 +2,12 @@
 
     python pipelines/train.py                                   # the recipe "tiny" on the embedded books
     python pipelines/train.py tiny --data store --output runs/mine model.num_layers 4 workers.num_workers 2
+    python pipelines/train.py mine.yaml --seeds 3               # a recipe of your own, with three seeds
 
-Rows of a batch follow documents segment by segment and carry their memory along; some read texts with a planted fact
-instead. The run's directory gets metrics.jsonl, tensorboard/, checkpoint_*/ and, at the end, model/: the portable
-directory that the other jobs load. The same command again goes on where the run stopped. A worker or node that fails
-costs the steps since the last checkpoint: the run goes on from there by itself.
+Rows of a batch follow documents segment by segment and carry their memory along; some read texts of tasks that ask for
+a fact told earlier. The run's directory gets metrics.jsonl, tensorboard/, checkpoint_*/ and, at the end, model/: the
+portable directory that the other jobs load. The same command again goes on where the run stopped. A worker or node that
+fails costs the steps since the last checkpoint: the run goes on from there by itself.
 """
 
 import sys
@@ -16,7 +17,6 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -36,10 +36,10 @@ from tqdm import tqdm
 import rmt_core
 from pipelines import storage
 from pipelines.cluster import connect, has_cluster
-from pipelines.config import InputError, run_job
+from pipelines.config import InputError, build, run_job
 from pipelines.data.tokenise import load_tokenizer
 from pipelines.extras import require_extra
-from pipelines.recipes import RECIPES
+from pipelines.recipes import find_recipe
 from pipelines.training import checkpoints
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, check_same, identity_of
@@ -61,20 +61,23 @@ REGISTRY = "checkpoint_manager_snapshot.json"  # Ray Train's list of whole check
 def main(argv: Sequence[str] | None = None) -> int:
     assert __doc__
     words = list(sys.argv[1:] if argv is None else argv)
-    name = words.pop(0) if words and words[0].isidentifier() else "tiny"
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"recipes are {', '.join(RECIPES)}"
-        print(f"train: error: unknown recipe {name!r}; {hint}", file=sys.stderr)
+    named = bool(words) and (words[0].isidentifier() or words[0].endswith((".yaml", ".yml")))
+    try:
+        recipe = find_recipe(words.pop(0) if named else "tiny")
+        build(TrainConfig, recipe)
+    except InputError as error:
+        print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     about = __doc__.splitlines()[0]
-    return run_job(train, TrainConfig, words, prog="train", description=about, base=RECIPES[name], plan=plan)
+    return run_job(train, TrainConfig, words, prog="train", description=about, base=recipe, plan=plan)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, a training run; what is printed. InputError, KeyboardInterrupt."""
     require_extra("train", job="train")
     config = _placed(config)
+    if config.seeds > 1:
+        return _train_seeds(config)
     identity = check(config)
     finished = _earlier(config, identity)
     if finished is not None:
@@ -91,8 +94,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
+def _train_seeds(config: TrainConfig) -> dict[str, Any]:
+    """A run a seed, one after another; the result of the first, with those of all as `runs`."""
+    runs = [
+        config.model_copy(update={"seed": seed, "seeds": 1, "output": storage.join(config.output, f"seed-{seed}")})
+        for seed in range(config.seed, config.seed + config.seeds)
+    ]
+    check(runs[0])
+    with connect():
+        results = [train(run) | {"seed": run.seed} for run in runs]
+    first = {name: results[0][name] for name in ("checkpoint", "num_steps", "loss")}
+    return {"output": config.output, **first, "runs": results}
+
+
 def plan(config: TrainConfig) -> dict[str, Any]:
-    """What `--dry-run` tells of the run, after the storage was found to be there for all machines. InputError."""
+    """What `--dry-run` tells of a run, of several seeds one, after storage was found for all machines. InputError."""
     require_extra("train", job="train")
     config = _placed(config)
     check_tracking(config.report)

@@ -97,7 +97,7 @@ def test_training_leaves_metrics_and_a_model_that_loads(demo: Demo) -> None:
     lines = (demo.folder / "train" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
     settings = json.loads((demo.folder / "train" / "config.json").read_text())
-    assert settings["dataset"]["recall_fraction"] == 0.75
+    assert settings["dataset"]["task_fraction"] == 0.75
     model = rmt_core.load(demo.folder / "train" / "model")
     assert model.segment_len == SegmentStore(str(demo.folder / "store")).segment_len
 

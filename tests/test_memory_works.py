@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import rmt_core
-from pipelines.data import lanes, planted
+from pipelines.data import lanes
+from pipelines.data.task_lanes import Choice, TaskLane, TaskSource
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, recall
+from pipelines.tasks import TASKS, recall, texts
 from pipelines.tasks.base import Material
 from pipelines.tasks.held_out import open_held_out
 from pipelines.training.engine import parameter_groups, segments_of
@@ -34,8 +35,9 @@ def train(seed: int) -> rmt_core.RecurrentModel:
     memory = {"kind": "rmt", "num_tokens": 4}
     model = rmt_core.build(backbone=backbone, memory=memory, segment_len=SEGMENT_LEN).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3, betas=(0.9, 0.95))
-    source = planted.RecallSource(TOKENIZER, recall.noise(TOKENIZER), seed=seed, text_weight=0.0, answer_weight=1.0)
-    rows = lanes.Lanes([planted.RecallLane(source, number) for number in range(BATCH_SIZE)], SEGMENT_LEN)
+    facts = Choice("recall", recall.detect, texts.noise(TOKENIZER))
+    source = TaskSource(TOKENIZER, [facts], SEGMENT_LEN, seed=seed, text_weight=0.0, answer_weight=1.0)
+    rows = lanes.Lanes([TaskLane(source, number) for number in range(BATCH_SIZE)], SEGMENT_LEN)
     drawn = torch.Generator().manual_seed(seed)
     most, loss, left = 1, 3.0, LAST_STEPS
     for step in range(MOST_STEPS):

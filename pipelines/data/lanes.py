@@ -2,7 +2,7 @@
 
 A run has a fixed number of lanes, numbered globally; worker r of W reads lanes r, r + W, ... so that the order of the
 data does not depend on W. A lane reads documents of a segment store one after another, or windows drawn anywhere in
-them (`sampling.py`), or texts with planted facts (`planted.py`).
+them (`sampling.py`), or texts of tasks (`task_lanes.py`).
 
 Axes: R lanes of a worker, K segments of a window, T tokens of a segment.
 """
@@ -26,7 +26,7 @@ class Window(NamedTuple):
     lengths: np.ndarray  # (R, K) int64 real tokens
     reset: np.ndarray  # (R, K) bool, a document or a piece of one begins here
     segment_index: np.ndarray  # (R, K) int64, the segment's number since the last reset
-    is_answer: np.ndarray  # (R, K, T) bool, the label is the answer to a planted question
+    is_answer: np.ndarray  # (R, K, T) bool, the label is of an answer to a task's question
 
 
 class Cursor(NamedTuple):

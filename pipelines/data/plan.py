@@ -82,7 +82,7 @@ def _check_enough(num_pieces: int, num_lanes: int) -> None:
     if num_pieces < num_lanes:
         raise InputError(
             f"{num_pieces} documents cannot fill {num_lanes} lanes; set batch_size to at most {num_pieces} "
-            "(beside the lanes of planted facts), or follow long documents in pieces: dataset.piece_segments N"
+            "(beside the rows that read texts of tasks), or follow long documents in pieces: dataset.piece_segments N"
         )
 
 

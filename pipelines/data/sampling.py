@@ -8,7 +8,7 @@ import numpy as np
 from pipelines.data.lanes import Passage, Window, put
 from pipelines.data.plan import Reads, token_shares
 
-_STREAM = 1  # other random numbers than those of planted texts, which draw by (seed, step, lane)
+_STREAM = 1  # other random numbers than those of texts of tasks, which draw by (seed, step, lane)
 
 
 class SampleSource:

@@ -1,6 +1,6 @@
 """Evaluation tasks, one a file; the only place that names them all."""
 
-from pipelines.tasks import babilong, facts, needle, quadratic, recall, ruler, symbols
+from pipelines.tasks import babilong, facts, mark, needle, quadratic, recall, ruler, symbols
 from pipelines.tasks.base import Task
 from pipelines.tasks.perplexity import Perplexity
 from pipelines.tasks.question_files import FileTask
@@ -10,6 +10,7 @@ from pipelines.tasks.samples import Maker
 # Facts in prose or noise, anywhere or at chosen depths.
 _PLACED: dict[str, Maker] = {
     "recall": recall.detect,
+    "detect": mark.detect,
     "reason": facts.reason,
     **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
     "needle": needle.needle,

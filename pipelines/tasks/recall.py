@@ -5,43 +5,17 @@ one of 16 letters; the text ends with the sentence's beginning, and what must fo
 can do no better than guess among the letters. The scheme is the "memorise" (fact first) and "detect and memorise" (fact
 anywhere) tasks of Bulatov et al. 2023 (arXiv:2304.11062, section 4) put into real text, as in BABILong
 (arXiv:2406.10149).
-
-Axes: n tokens of a text, a tokens of an answer.
 """
-
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.tasks.samples import Answer, Sample, Scene, TooShortError, Wanted, segment_start
-from pipelines.tasks.texts import NOISE, Encodes, Insert, Stream, joined
+from pipelines.tasks.texts import Encodes, Insert, Stream, joined
 
 LETTERS = "ABCDEFGHIJKLMNOP"
 FACT = "\nThe secret key is {}.\n"
 QUESTION = "\nThe secret key is"
 ANSWER = " {}"
-
-Background = Callable[[int, np.random.Generator], np.ndarray]  # (num tokens, generator) -> (num tokens,) int32
-
-
-class RecallSample(NamedTuple):
-    """A text that ends in a question, and its answer."""
-
-    tokens: np.ndarray  # (n,) int32: the text with the fact in it, and the question at its end
-    answer: np.ndarray  # (a,) int32: what must follow
-    num_choices: int  # chance is 1 / num_choices
-    fact_at: int  # the token at which the fact begins
-
-
-def noise(tokenizer: Encodes) -> Background:
-    """Lower-case letters and spaces, each equally likely."""
-    alphabet = np.unique(np.concatenate([tokenizer.encode(letter) for letter in NOISE]))
-
-    def draw(num: int, generator: np.random.Generator) -> np.ndarray:
-        return generator.choice(alphabet, num).astype(np.int32)
-
-    return draw
 
 
 def shortest_text(tokenizer: Encodes) -> int:
@@ -52,27 +26,6 @@ def shortest_text(tokenizer: Encodes) -> int:
 def longest_answer(tokenizer: Encodes) -> int:
     """Tokens of the longest answer."""
     return max(len(tokenizer.encode(ANSWER.format(letter))) for letter in LETTERS)
-
-
-def samples(
-    tokenizer: Encodes, background: Background, *, length: int, num: int, seed: int, latest: int | None = None
-) -> Iterator[RecallSample]:
-    """`num` whole texts of `length` tokens each, question included, the same ones for the same seed.
-
-    The fact stands at a uniformly random place before the question, whose beginning it leaves free; with `latest` it
-    begins before token `latest`. Raises ValueError where `length` cannot hold fact and question.
-    """
-    need = shortest_text(tokenizer)
-    if length < need:
-        raise ValueError(f"recall needs texts of at least {need} tokens for fact and question; length is {length}")
-    for index in range(num):
-        generator = np.random.default_rng((seed, index))
-        letter, fact, question = _drawn(tokenizer, generator)
-        num_text = length - len(question) - len(fact)
-        text = background(num_text, generator)
-        at = int(generator.integers(_num_places(num_text, latest)))
-        tokens = np.concatenate([text[:at], fact, text[at:], question]).astype(np.int32)
-        yield RecallSample(tokens, tokenizer.encode(ANSWER.format(letter)), len(LETTERS), at)
 
 
 def detect(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:

@@ -13,7 +13,7 @@ RAY_PREFIX = "ray_"  # Ray puts it before every name that it exports
 GAUGES = {
     "step": "optimiser steps taken",
     "loss": "nats a label, weighted mean since the last report",
-    "answer_loss": "nats a token of answers to planted questions, mean since the last report",
+    "answer_loss": "nats a token of answers to questions of tasks, mean since the last report",
     "num_segments": "segments of the last window",
     "stage": "stage of the curriculum, from 0",
     "learning_rate": "of the last step",

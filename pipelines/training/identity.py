@@ -11,7 +11,7 @@ from pipelines.training.settings import TrainConfig
 
 # Not part of what is learned: a run may go on with other values of these.
 HOUSEKEEPING: dict[str, Any] = {
-    **dict.fromkeys(("output", "resume", "report", "data"), True),
+    **dict.fromkeys(("output", "resume", "report", "data", "seeds"), True),
     "workers": {"num_workers", "cpus", "use_gpu", "max_failures", "resize_every_s"},
 }
 

@@ -51,20 +51,22 @@ def _reading(config: TrainConfig, store: data.Reads, lanes: list[Any]) -> dict[s
     """What the lanes read in an epoch and in the whole run."""
     num_tokens = sum(document.num_tokens for document in store.manifest)
     num_segments = sum(document.num_segments for document in store.manifest)
-    num_recall = config.num_recall_lanes
+    num_asked = config.num_task_lanes
     windows = _windows(config)
     per_lane = sum(size * number for size, number in windows.items())
-    in_documents = per_lane * (len(lanes) - num_recall)
+    in_documents = per_lane * (len(lanes) - num_asked)
     mean_len = num_tokens / num_segments
-    in_recall = num_recall * _recall_tokens(lanes[0].source, windows, store.segment_len) if num_recall else 0.0
+    in_tasks = 0.0
+    if num_asked:
+        in_tasks = num_asked * sum(number * lanes[0].source.mean_len(size) for size, number in windows.items())
     return {
         "num_documents": len(store.manifest),
         "num_segments_per_epoch": num_segments,
         "num_tokens_per_epoch": num_tokens,
-        "num_lanes": {"documents": len(lanes) - num_recall, "recall": num_recall},
+        "num_lanes": {"documents": len(lanes) - num_asked, "tasks": num_asked},
         "num_windows": round(sum(windows.values())),
         "num_segments": round(per_lane * len(lanes)),
-        "num_tokens": round(in_documents * mean_len + in_recall),
+        "num_tokens": round(in_documents * mean_len + in_tasks),
         "num_epochs": in_documents / num_segments,
         "padding_fraction": {
             "segments": 1 - num_tokens / (num_segments * store.segment_len),
@@ -87,30 +89,21 @@ def _windows(config: TrainConfig) -> dict[int, float]:
     found: dict[int, float] = defaultdict(float)
     if num_windows > _COUNTED_WINDOWS and curriculum.vary:
         for longest, steps in zip(curriculum.num_segments, curriculum.steps, strict=True):
-            for num_segments in range(1, longest + 1):
-                found[num_segments] += steps * count / longest
+            sizes = range(curriculum.least_segments, longest + 1)
+            for num_segments in sizes:
+                found[num_segments] += steps * count / len(sizes)
         return found
     for window in range(num_windows):
         found[num_segments_at(curriculum, stage_at(curriculum, window // count), window, config.seed)] += 1
     return found
 
 
-def _recall_tokens(source: Any, windows: dict[int, float], segment_len: int) -> float:
-    """Tokens of a lane of planted facts: its texts end anywhere in a window's last segment, if not too short there."""
-
-    def empty(num_segments: int) -> float:
-        room = num_segments * segment_len - source.shortest - source.longest_answer
-        return min(room, segment_len - 1) / 2
-
-    return sum(number * (size * segment_len - empty(size)) for size, number in windows.items())
-
-
 def tell(plan: dict[str, Any]) -> None:
     """The plan for people, as log lines."""
     lanes = plan["num_lanes"]
     log.info(
-        "%d steps of %d lanes (%d follow documents, %d read planted facts): %s tokens, %.2f epochs of %d documents",
-        *(plan["num_steps"], lanes["documents"] + lanes["recall"], lanes["documents"], lanes["recall"]),
+        "%d steps of %d lanes (%d read documents, %d texts of tasks): %s tokens, %.2f epochs of %d documents",
+        *(plan["num_steps"], lanes["documents"] + lanes["tasks"], lanes["documents"], lanes["tasks"]),
         *(f"{plan['num_tokens']:,}", plan["num_epochs"], plan["num_documents"]),
     )
     log.info(

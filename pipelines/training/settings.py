@@ -1,6 +1,5 @@
 """What a training run is: every setting with its unit, and how settings become a model and a course of steps."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,17 +10,8 @@ from pydantic import Field
 import rmt_core
 from pipelines.config import Config, Count, InputError, split_commas
 from pipelines.data.tokenise import Tokenizer
+from pipelines.training.data_settings import DataSettings, json_or_word
 from rmt_core.gradients import check_mode
-
-
-def _kind(value: Any) -> Any:
-    """A kind, such as `rmt`, or JSON: {"kind": "rmt", "num_tokens": 8}, or a list of such."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"is not JSON ({error}); write a kind, such as rmt, or JSON") from None
-    return value
 
 
 def _listed(value: Any) -> Any:
@@ -58,11 +48,11 @@ class ModelSettings(Config):
     max_positions: Count = Field(
         default=2048, ge=1, description="of a new backbone: positions a segment may take with its memory"
     )
-    memory: Annotated[Any, pydantic.BeforeValidator(_kind)] = Field(
+    memory: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default={"kind": "rmt", "num_tokens": 4},
         description="memory kind, or JSON with its settings, or a JSON list of such",
     )
-    feed_forward: Annotated[Any, pydantic.BeforeValidator(_kind)] = Field(
+    feed_forward: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default=None,
         description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; none: nothing",
     )
@@ -97,7 +87,7 @@ class OptimizerSettings(Config):
 
 
 class CurriculumSettings(Config):
-    """How many segments the gradient and the planted texts span, stage by stage."""
+    """How many segments the gradient and the texts of tasks span, stage by stage."""
 
     num_segments: list[int] = Field(
         default=[1, 2, 3, 4, 6, 8], min_length=1, description="segments of a window in each stage"
@@ -106,9 +96,9 @@ class CurriculumSettings(Config):
         default=[200, 600, 200, 200, 200, 200], min_length=1, description="optimiser steps of each stage"
     )
     vary: bool = Field(
-        default=True, description="each window draws its number of segments evenly from 1 to the stage's"
+        default=True, description="each window draws its number of segments, from least_segments to the stage's, evenly"
     )
-
+    least_segments: int = Field(default=1, ge=1, description="with vary: segments of a window, at least")
     advance_below: float | None = Field(
         default=None,
         gt=0,
@@ -123,7 +113,17 @@ class CurriculumSettings(Config):
             )
         if min(self.num_segments) < 1 or min(self.steps) < 1:
             raise ValueError("num_segments and steps must all be at least 1")
+        if self.least_segments > (min(self.num_segments) if self.vary else 1):
+            raise ValueError(
+                f"least_segments is {self.least_segments}; it needs vary, and at most the {min(self.num_segments)} "
+                "segments of the shortest stage"
+            )
         return self
+
+    @property
+    def shortest(self) -> int:
+        """Segments of the shortest window."""
+        return self.least_segments if self.vary else min(self.num_segments)
 
 
 class GradientSettings(Config):
@@ -146,32 +146,6 @@ class GradientSettings(Config):
     def _check(self) -> "GradientSettings":
         check_mode(self.mode, self.bptt_segments, self.exact_depth)
         return self
-
-
-class DataSettings(Config):
-    """What the rows of a batch read."""
-
-    mode: Literal["stream", "sample"] = Field(
-        default="stream",
-        description="stream: rows follow documents and carry their memory from window to window; sample: each window "
-        "is drawn anywhere in a document and begins with a fresh memory",
-    )
-    weights: list[float] | None = Field(
-        default=None,
-        description="how much is read of each store of data, compared with one another; none: every document once an "
-        "epoch",
-    )
-    piece_segments: int | None = Field(
-        default=64,
-        ge=1,
-        description="with mode stream: documents are followed in pieces of at most so many segments; none: whole",
-    )
-    recall_fraction: float = Field(
-        default=0.5, ge=0, le=1, description="of the rows that read texts with a planted fact"
-    )
-    recall_background: Literal["prose", "noise"] = Field(default="prose", description="what a planted fact stands in")
-    recall_text_weight: float = Field(default=1.0, ge=0, description="loss weight of the text around a planted fact")
-    recall_answer_weight: float = Field(default=30.0, gt=0, description="loss weight of an answer's tokens")
 
 
 def _between(value: Any) -> Any:
@@ -293,7 +267,10 @@ class TrainConfig(Config):
         default=64, ge=1, description="tokens a segment, for the embedded books; a store has its own"
     )
     batch_size: int = Field(default=16, ge=1, description="rows of the global batch")
-    seed: int = Field(default=0, ge=0, description="of weights, order of data and planted facts")
+    seed: int = Field(default=0, ge=0, description="of weights, order of data and texts of tasks")
+    seeds: int = Field(
+        default=1, ge=1, description="so many runs one after another, with seeds from seed on, in seed-N of output"
+    )
     model: ModelSettings = ModelSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
@@ -304,8 +281,15 @@ class TrainConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.curriculum.advance_below is not None and not self.num_recall_lanes:
-            raise ValueError("curriculum.advance_below needs answers to judge by; set dataset.recall_fraction above 0")
+        if self.curriculum.advance_below is not None and not self.num_task_lanes:
+            raise ValueError("curriculum.advance_below needs answers to judge by; set dataset.task_fraction above 0")
+        if not self.num_task_lanes and self.dataset.tasks != DataSettings().tasks:
+            raise ValueError(
+                f"dataset.tasks are given, but dataset.task_fraction {self.dataset.task_fraction:g} of "
+                f"{self.batch_size} rows is no row; set it higher"
+            )
+        if self.seeds > 1 and self.resume not in ("auto", "never"):
+            raise ValueError("resume names the checkpoint of one run; leave it out where seeds is more than 1")
         weights, num_stores = self.dataset.weights, len(self.data or [])
         if weights is not None and (len(weights) != num_stores or min(weights, default=0) <= 0):
             raise ValueError(
@@ -323,8 +307,8 @@ class TrainConfig(Config):
         return sum(self.curriculum.steps)
 
     @property
-    def num_recall_lanes(self) -> int:
-        return round(self.dataset.recall_fraction * self.batch_size)
+    def num_task_lanes(self) -> int:
+        return round(self.dataset.task_fraction * self.batch_size)
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) -> rmt_core.ModelConfig:
@@ -397,4 +381,6 @@ def next_stage(settings: CurriculumSettings, stage: int, step: int, answer_loss:
 def num_segments_at(settings: CurriculumSettings, stage: int, window: int, seed: int) -> int:
     """Segments of the run's window number `window`, which is in `stage`; the same on every worker."""
     longest = settings.num_segments[stage]
-    return int(np.random.default_rng((seed, window)).integers(1, longest + 1)) if settings.vary else longest
+    if not settings.vary:
+        return longest
+    return int(np.random.default_rng((seed, window)).integers(settings.least_segments, longest + 1))

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,14 +23,15 @@ import rmt_core
 from pipelines import storage
 from pipelines.config import InputError, build
 from pipelines.data import lanes as data
-from pipelines.data import planted
 from pipelines.data.books import BookStore
 from pipelines.data.mixture import Mixture, Store
 from pipelines.data.prefetch import Prefetched
 from pipelines.data.sampling import SampleLane, SampleSource
 from pipelines.data.store import SegmentStore
+from pipelines.data.task_lanes import Choice, TaskLane, TaskSource, store_prose
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
-from pipelines.tasks import recall
+from pipelines.tasks import TASKS, texts
+from pipelines.tasks.questions import QuestionTask
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
 from pipelines.training.bell import SILENT, Bell
@@ -66,24 +68,16 @@ def open_store(config: TrainConfig) -> Store:
 
 
 def make_lanes(config: TrainConfig, store: Store, tokenizer: Tokenizer) -> list[data.Lane]:
-    """All lanes of the run: first those of planted facts, then those that read documents."""
+    """All lanes of the run: first those that read texts of tasks, then those that read documents."""
     if not store.manifest:
         raise InputError("the data holds no documents; prepare some")
-    num_recall = config.num_recall_lanes
+    num_asked = config.num_task_lanes
     settings = config.dataset
-    prose = settings.recall_background == "prose"
-    facts = planted.RecallSource(
-        tokenizer,
-        planted.store_prose(store) if prose else recall.noise(tokenizer),
-        seed=config.seed,
-        text_weight=settings.recall_text_weight,
-        answer_weight=settings.recall_answer_weight,
-    )
-    if num_recall:  # what cannot be drawn is refused now, and what cannot be planned below
-        shortest = 1 if config.curriculum.vary else min(config.curriculum.num_segments)
-        facts.draw(0, 0, shortest, store.segment_len)
-    lanes: list[data.Lane] = [planted.RecallLane(facts, number) for number in range(num_recall)]
-    num_documents = config.batch_size - num_recall
+    lanes: list[data.Lane] = []
+    if num_asked:
+        asked = task_source(config, store, tokenizer)
+        lanes += [TaskLane(asked, number) for number in range(num_asked)]
+    num_documents = config.batch_size - num_asked
     if num_documents and settings.mode == "sample":
         samples = SampleSource(store, seed=config.seed, eos_id=tokenizer.eos_id)
         lanes += [SampleLane(samples, number) for number in range(num_documents)]
@@ -94,6 +88,32 @@ def make_lanes(config: TrainConfig, store: Store, tokenizer: Tokenizer) -> list[
         source.lane(0, 0)
         lanes += [data.DocumentLane(source, number, data.Cursor()) for number in range(num_documents)]
     return lanes
+
+
+def task_source(config: TrainConfig, store: Store, tokenizer: Tokenizer) -> TaskSource:
+    """The texts of tasks that a run reads; InputError where they do not fit its windows."""
+    prose, noise = store_prose(store), texts.noise(tokenizer)
+    choices = [
+        Choice(
+            settings.task,
+            typing.cast(QuestionTask, TASKS[settings.task]).make,
+            noise if settings.background == "noise" else prose,
+            settings.weight,
+            settings.depths,
+        )
+        for settings in config.dataset.tasks
+    ]
+    source = TaskSource(
+        tokenizer,
+        choices,
+        store.segment_len,
+        seed=config.seed,
+        text_weight=config.dataset.task_text_weight,
+        answer_weight=config.dataset.task_answer_weight,
+    )
+    for num_segments in sorted({config.curriculum.shortest, max(config.curriculum.num_segments)}):
+        source.check(num_segments)
+    return source
 
 
 PreparedT = TypeVar("PreparedT")

@@ -31,7 +31,11 @@ def settings(zero_stage: int, **changes: Any) -> TrainConfig:
             "model": {"width": 32, "feed_forward_width": 48, "memory": {"kind": "rmt", "num_tokens": 2}},
             "optimizer": {"warmup_steps": 1, "accumulation_steps": 2},
             "curriculum": {"num_segments": [2, 3], "steps": [1, 3]},
-            "dataset": {"piece_segments": 5, "recall_fraction": 0.25},
+            "dataset": {
+                "piece_segments": 5,
+                "task_fraction": 0.5,
+                "tasks": ["recall", {"task": "detect", "background": "noise", "weight": 2}],
+            },
             "workers": {"num_workers": 2, "zero_stage": zero_stage},
         }
         | changes,

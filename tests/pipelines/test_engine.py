@@ -78,7 +78,7 @@ def settings(zero_stage: int, mode: str, changes: dict[str, Any]) -> TrainConfig
         "model": {"width": 32, "feed_forward_width": 48},
         "optimizer": {"warmup_steps": 1, "clip_norm": 0.5, "weight_decay": 0.1},
         "curriculum": {"num_segments": [3, 4], "steps": [2, 10], "vary": False},
-        "dataset": {"piece_segments": 2, "recall_fraction": 0.25},
+        "dataset": {"piece_segments": 2, "task_fraction": 0.25},
         "workers": {"num_workers": WORLD_SIZE, "zero_stage": zero_stage},
         "gradient": MODES[mode],
     }

@@ -1,4 +1,4 @@
-"""Lanes: every segment once an epoch, in order, for any number of workers; planted facts that can be told."""
+"""Lanes: every segment once an epoch, in order, for any number of workers."""
 
 import threading
 from collections import Counter
@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from pipelines.config import InputError
-from pipelines.data import lanes, plan, planted, sampling
-from pipelines.data.books import BookStore
+from pipelines.data import lanes, plan, sampling, task_lanes
 from pipelines.data.plan import Share
 from pipelines.data.prefetch import Prefetched
 from pipelines.data.store import DocumentEntry
-from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import recall
+from pipelines.tasks import texts
 
 SEGMENT_LEN = 8
 EOS = 256
@@ -187,8 +185,8 @@ def test_a_mixture_reads_the_same_for_any_number_of_workers_and_from_any_cursor(
 
 def test_prose_of_a_mixture_follows_the_weights() -> None:
     store = FakeStore(SIZES, SHARES)
-    prose, generator = planted.store_prose(store), np.random.default_rng(0)
-    first = [prose(1, generator)[0] < 3000 for _ in range(2000)]
+    prose, generator = task_lanes.store_prose(store), np.random.default_rng(0)
+    first = [texts.whole(prose(1, generator))[0] < 3000 for _ in range(2000)]
     assert np.mean(first) == pytest.approx(0.75, abs=0.04)
 
 
@@ -301,46 +299,3 @@ def test_what_goes_wrong_ahead_is_raised_where_its_window_is_taken_and_can_be_tr
         assert np.array_equal(ahead.window(step, 1).tokens, wanted.tokens)
     assert store.threads == {"windows_0"}  # all in the background
     ahead.close()
-
-
-def facts(text_weight: float = 1.0) -> planted.RecallSource:
-    return planted.RecallSource(
-        ByteTokenizer(), planted.store_prose(BookStore(64)), seed=1, text_weight=text_weight, answer_weight=30.0
-    )
-
-
-def test_a_planted_text_fills_its_window_and_asks_for_its_fact() -> None:
-    source, ends = facts(), set()
-    for step in range(40):
-        window = lanes.Lanes([planted.RecallLane(source, 0)], 64).window(step, 3)
-        text = bytes(window.tokens[0].reshape(-1)[: window.lengths.sum()].astype(np.uint8)).decode()
-        letter = text[-1]
-        assert recall.FACT.format(letter) in text
-        assert text.endswith(recall.QUESTION + recall.ANSWER.format(letter))
-        assert 128 < window.lengths.sum() <= 192
-        ends.add(int(window.lengths.sum()))
-        answers = window.labels[window.is_answer]
-        assert bytes(answers.astype(np.uint8)).decode() == recall.ANSWER.format(letter)
-        assert (window.weights[window.is_answer] == 30).all()
-        assert window.reset.tolist() == [[True, False, False]]
-        answer_at = int(window.is_answer[0].reshape(-1).argmax())
-        assert text.index(recall.FACT.format(letter)) + len(recall.FACT) <= answer_at // 64 * 64
-    assert len(ends) > 20  # the question falls anywhere in the last segment
-
-
-def test_planted_texts_differ_by_step_and_lane_and_repeat_by_seed() -> None:
-    draws = {(step, lane): facts().draw(step, lane, 2, 64).tokens.tobytes() for step in (0, 1) for lane in (0, 1)}
-    assert len(set(draws.values())) == 4
-    assert facts().draw(1, 0, 2, 64).tokens.tobytes() == draws[1, 0]
-
-
-def test_a_window_too_short_for_a_fact_is_refused() -> None:
-    with pytest.raises(InputError, match="too short for a planted fact"):
-        facts().draw(0, 0, 1, 40)
-
-
-def test_prose_comes_from_the_store_and_short_documents_start_over() -> None:
-    store = FakeStore([5])
-    drawn = planted.store_prose(store)(12, np.random.default_rng(0))
-    assert len(drawn) == 12
-    assert set((drawn[1:] - drawn[:-1]).tolist()) == {1, -4}

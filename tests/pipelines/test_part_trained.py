@@ -40,7 +40,7 @@ def config_of(stage: int, **report: Any) -> TrainConfig:
             },
             "optimizer": {"learning_rate": 0.02, "warmup_steps": 1},
             "curriculum": {"num_segments": [3], "steps": [10]},
-            "dataset": {"recall_fraction": 0.25},
+            "dataset": {"task_fraction": 0.25},
             "workers": {"num_workers": 2, "zero_stage": stage},
             "report": report,
         },

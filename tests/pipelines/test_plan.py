@@ -14,7 +14,7 @@ from pipelines.training.settings import TrainConfig, num_segments_at
 from pipelines.training.worker import make_lanes
 
 SMALL = [
-    *["tiny", "--batch-size", "4", "dataset.recall_fraction", "0.25", "dataset.piece_segments", "5"],
+    *["tiny", "--batch-size", "4", "dataset.task_fraction", "0.25", "dataset.piece_segments", "5"],
     *["curriculum.advance_below", "none", "curriculum.num_segments", "2", "3", "curriculum.steps", "20", "28"],
 ]
 
@@ -35,7 +35,7 @@ def test_the_plan_is_that_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     store = BookStore(48)
     num_tokens = sum(document.num_tokens for document in store.manifest)
     assert plan["num_steps"] == plan["num_windows"] == 48
-    assert plan["num_lanes"] == {"documents": 3, "recall": 1}
+    assert plan["num_lanes"] == {"documents": 3, "tasks": 1}
     assert plan["num_documents"] == len(store.manifest)
     assert plan["num_tokens_per_epoch"] == num_tokens
     assert plan["num_segments"] == 4 * per_lane
@@ -51,7 +51,7 @@ def test_the_tokens_told_are_those_that_lanes_read(tmp_path: Path, capsys: pytes
     values = {
         "batch_size": 4,
         "segment_len": 48,
-        "dataset": {"recall_fraction": 0.25, "piece_segments": 5},
+        "dataset": {"task_fraction": 0.25, "piece_segments": 5},
         "curriculum": {"num_segments": [2, 3], "steps": [20, 28]},
     }
     config, store = build(TrainConfig, values), BookStore(48)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import facts, needle, quadratic, recall, ruler, symbols, texts
+from pipelines.tasks import facts, mark, needle, quadratic, recall, ruler, symbols, texts
 from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
 
 BYTES = ByteTokenizer()
@@ -29,23 +29,38 @@ LENGTHS = (500, 501, 563, 564, 565, 2000)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_whole_text_and_a_streamed_one_ask_the_same(length: int) -> None:
-    """What training reads whole and what evaluation streams have one place for the fact, for equal draws."""
+def test_recall_is_a_sentence_put_anywhere_before_the_segment_that_asks(length: int) -> None:
+    """Against the text put together by its definition, for equal draws."""
 
-    def letters(num: int, generator: np.random.Generator) -> np.ndarray:
-        return np.full(num, 97 + generator.integers(26), dtype=np.int32)
+    def letters(num: int, generator: np.random.Generator) -> str:
+        return chr(97 + generator.integers(26)) * num
 
     def in_parts(num: int, generator: np.random.Generator) -> texts.Stream:
-        parts = np.array_split(letters(num, generator), 7)
+        parts = np.array_split(BYTES.encode(letters(num, generator)), 7)
         return lambda: iter(parts)
 
-    scene = Scene(BYTES, in_parts)
-    text_len = length - recall.longest_answer(BYTES)
-    latest = (text_len - 1) // SEGMENT_LEN * SEGMENT_LEN - recall.shortest_text(BYTES) + 1
-    wholes = recall.samples(BYTES, letters, length=text_len, num=20, seed=3, latest=latest)
-    for index, whole in enumerate(wholes):
-        streamed = recall.detect(scene, Wanted(length, SEGMENT_LEN), np.random.default_rng((3, index)))
-        assert texts.whole(streamed.stream).tolist() == [*whole.tokens, *whole.answer]
+    question = "\nThe secret key is"
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        letter = "ABCDEFGHIJKLMNOP"[generator.integers(16)]
+        fact = f"\nThe secret key is {letter}.\n"
+        text = letters(length - len(fact) - len(question) - 2, generator)
+        latest = (length - 3) // SEGMENT_LEN * SEGMENT_LEN - len(fact) - len(question) + 1
+        at = int(generator.integers(min(len(text) + 1, latest)))
+        sample = recall.detect(Scene(BYTES, in_parts), Wanted(length, SEGMENT_LEN), np.random.default_rng(seed))
+        assert BYTES.decode(texts.whole(sample.stream)) == f"{text[:at]}{fact}{text[at:]}{question} {letter}"
+
+
+def test_a_marked_symbol_is_detected_anywhere() -> None:
+    places = []
+    for seed in range(60):
+        text, [answer] = read(draw(mark.detect, 2000, seed))
+        assert re.findall("#(.)", text) == [answer]
+        assert text.endswith("?")
+        places.append(text.index("#"))
+    assert min(places) < 200
+    assert 1700 < max(places) < 1984 - 1
+    assert read(draw(mark.detect, 4))[0].startswith("#")  # nothing but fact, question and answer
 
 
 def test_facts_stand_first_anywhere_or_at_the_depth() -> None:
@@ -60,7 +75,9 @@ def test_facts_stand_first_anywhere_or_at_the_depth() -> None:
     assert at[2] + len(fact) > 1984 - 64
 
 
-@pytest.mark.parametrize("make", [facts.reason, facts.capacity(4), needle.needle, needle.passkey, recall.detect])
+@pytest.mark.parametrize(
+    "make", [facts.reason, facts.capacity(4), needle.needle, needle.passkey, recall.detect, mark.detect]
+)
 @pytest.mark.parametrize("depth", [None, 0.0, 1.0])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | None, length: int) -> None:
@@ -68,7 +85,7 @@ def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | 
     assert sample.needs_memory
     start = (sample.answers[0].at - 1) // SEGMENT_LEN * SEGMENT_LEN
     rest = BYTES.decode(texts.whole(sample.stream)[start : sample.answers[0].at])
-    assert not re.search(r"opens [A-P]|is [A-P]\.|is: \d|key is \d", rest)
+    assert not re.search(r"opens [A-P]|is [A-P]\.|is: \d|key is \d|#", rest)
 
 
 @pytest.mark.parametrize("seed", range(20))

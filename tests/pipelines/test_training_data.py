@@ -7,7 +7,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.config import InputError, build
-from pipelines.data import lanes, planted, sampling, store
+from pipelines.data import lanes, sampling, store, task_lanes
 from pipelines.data.mixture import Mixture
 from pipelines.data.store import DocumentEntry, PartWriter, SegmentStore
 from pipelines.data.tokenise import ByteTokenizer
@@ -79,12 +79,12 @@ def test_data_of_another_tokenizer_than_the_backbones_is_refused(stores: list[st
 
 
 @pytest.mark.parametrize("mode", ["stream", "sample"])
-def test_rows_read_by_mode_beside_those_of_planted_facts(mode: str, stores: list[str]) -> None:
-    settings = config(data=stores, dataset={"mode": mode, "recall_fraction": 0.5})
+def test_rows_read_by_mode_beside_those_of_tasks(mode: str, stores: list[str]) -> None:
+    settings = config(data=stores, dataset={"mode": mode, "task_fraction": 0.5})
     opened = open_store(settings)
     made = make_lanes(settings, opened, opened.load_tokenizer())
     kind = lanes.DocumentLane if mode == "stream" else sampling.SampleLane
-    assert [type(lane) for lane in made] == [planted.RecallLane] * 2 + [kind] * 2
+    assert [type(lane) for lane in made] == [task_lanes.TaskLane] * 2 + [kind] * 2
     described = made[-1].source.describe()
     assert "21.9% of" in described  # 100 of 128 places hold a token
     window = lanes.Lanes(made, opened.segment_len).window(0, 2)
