@@ -36,7 +36,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "task_answer_weight": 1.0,
         },
         "optimizer": {"learning_rate": 3e-3},
-        "curriculum": {"num_segments": [1, 2, 3, 4, 8, 16], "steps": [50, 200, 100, 100, 150, 300]},
+        "curriculum": {
+            "num_segments": [1, 2, 3, 4, 8, 16],
+            "steps": [50, 250, 150, 150, 200, 600],
+            "advance_below": 0.1,
+        },
     },
 }
 

@@ -92,10 +92,8 @@ class TaskSource:
         InputError where nothing that fits is drawn.
         """
         generator = np.random.default_rng((self.seed, step, lane))
-        one = len(self.choices) == 1
-        return self._draw(
-            0 if one else int(generator.choice(len(self.choices), p=self._shares)), generator, num_segments
-        )
+        number = int(generator.choice(len(self.choices), p=self._shares)) if len(self.choices) > 1 else 0
+        return self._draw(number, generator, num_segments)
 
     def check(self, num_segments: int) -> None:
         """InputError where a task's texts do not fit windows of so many segments."""
