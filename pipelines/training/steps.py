@@ -37,6 +37,16 @@ class Stepped(NamedTuple):
     state: State  # after the last window, detached
 
 
+class _Work(NamedTuple):
+    """One window on the way back."""
+
+    segments: Sequence[SegmentBatch]
+    state: State  # before it
+    share: Callable[[Unrolled], Tensor]  # of a part in the loss
+    backward: Callable[[Tensor], Any]
+    generator: torch.Generator  # of memories that sample
+
+
 def agree(windows: Sequence[Window], wishes: Sequence[bool], device: torch.device) -> Agreed:
     """Adds up over the workers what a step needs to know, in one small reduction; wishes are rank 0's.
 
@@ -77,7 +87,10 @@ class Stepper:
         with reduced_once(self.engine, sum(map(self._num_passes, segments))) as backward:
             for i, window in enumerate(segments):
                 number = step * len(windows) + i
-                result = self._go_back(window, state, self._share(window, weight, len(windows)), backward, number)
+                # Memories that sample draw the same on every worker.
+                generator = torch.Generator().manual_seed(seed_of(self.seed, number))
+                share = self._share(window, weight, len(windows))
+                result = self._go_back(_Work(window, state, share, backward, generator))
                 nats.append(torch.stack(result.nats, dim=1))
                 state = rmt_core.state.detach(result.state)
         self.engine.step()
@@ -94,58 +107,37 @@ class Stepper:
         of_segment = num_workers * len(window[0].tokens) / (self.batch_size * num_windows * len(window))
         return lambda part: part.loss_sum * of_labels + part.aux * (of_segment * len(part.nats))
 
-    def _go_back(
-        self,
-        segments: Sequence[SegmentBatch],
-        state: State,
-        share: Callable[[Unrolled], Tensor],
-        backward: Callable[[Tensor], Any],
-        number: int,
-    ) -> Unrolled:
-        """The gradient of one window, the run's `number`-th; memories that sample draw the same on every worker."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
+    def _go_back(self, work: _Work) -> Unrolled:
+        """The gradient of one window."""
         if self.gradient.mode == "replay":
-            return self._replayed(segments, state, share, backward, generator)
+            return self._replayed(work)
         if self.gradient.exact_depth:
-            return self._exact_depth(segments, state, share, backward, generator)
-        result: Unrolled = self.engine(segments, state, generator)
-        backward(share(result))
+            return self._exact_depth(work)
+        result: Unrolled = self.engine(work.segments, work.state, work.generator)
+        work.backward(work.share(result))
         return result
 
-    def _replayed(
-        self,
-        segments: Sequence[SegmentBatch],
-        state: State,
-        share: Callable[[Unrolled], Tensor],
-        backward: Callable[[Tensor], Any],
-        generator: torch.Generator,
-    ) -> Unrolled:
+    def _replayed(self, work: _Work) -> Unrolled:
         """`rmt_core.replay` through the engine: its backward passes start from one scalar."""
 
         def joined(roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
             has_loss = gradients[0] is None
             loss = roots[0] if has_loss else roots[0].new_zeros((), dtype=torch.float32)
-            backward(rmt_core.joined(loss, roots[has_loss:], gradients[has_loss:]))
+            work.backward(rmt_core.joined(loss, roots[has_loss:], gradients[has_loss:]))
 
         return rmt_core.replay(
             self._wrapped,
-            segments,
-            state,
-            loss=share,
-            generator=generator,
-            unroll=lambda part, given: self.engine(part, given, generator),
+            work.segments,
+            work.state,
+            loss=work.share,
+            generator=work.generator,
+            unroll=lambda part, given: self.engine(part, given, work.generator),
             backward=joined,
         )
 
-    def _exact_depth(
-        self,
-        segments: Sequence[SegmentBatch],
-        state: State,
-        share: Callable[[Unrolled], Tensor],
-        backward: Callable[[Tensor], Any],
-        generator: torch.Generator,
-    ) -> Unrolled:
+    def _exact_depth(self, work: _Work) -> Unrolled:
         """Each segment's loss back through the `bptt_segments` that end with it, run again from before them."""
+        segments, state, generator = work.segments, work.state, work.generator
         devices = devices_of(self.engine)
         before: deque[tuple[State, RandomState]] = deque(maxlen=self.gradient.bptt_segments)
         parts: list[Unrolled] = []
@@ -154,7 +146,7 @@ class Stepper:
             earlier, drawn = before[0]
             drawn.put_back()
             part: Unrolled = self.engine(segments[i + 1 - len(before) : i + 1], earlier, generator, len(before) - 1)
-            backward(share(part))
+            work.backward(work.share(part))
             parts.append(part)
             state = rmt_core.state.detach(part.state)
         return parts[-1]._replace(nats=tuple(nats for part in parts for nats in part.nats))

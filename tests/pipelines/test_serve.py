@@ -24,6 +24,7 @@ from tests.pipelines.serving_http import BYTES, MODEL, make_app, make_config, un
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
+ENDLESS = {"model": "tiny", "prompt": TEXT, "max_tokens": 100_000, "temperature": 0, "stream": True, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +128,8 @@ def test_the_official_client_works_unchanged(url: str) -> None:
 
 @pytest.mark.slow
 def test_a_stream_comes_as_it_is_written_and_ends_with_its_client(url: str) -> None:
-    body = {
-        "model": "tiny",
-        "prompt": TEXT,
-        "max_tokens": 100_000,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-    }
     headers = {"x-session-id": "streamed"}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+    with httpx.stream("POST", f"{url}/v1/completions", json=ENDLESS, headers=headers, timeout=60) as answer:
         lines = answer.iter_lines()
         assert json.loads(next(lines).removeprefix("data: "))["object"] == "text_completion"
     until(lambda: "rmt_engine_num_requests 0.0" in httpx.get(f"{url}/metrics", headers=headers).text, "its end")
@@ -144,14 +137,6 @@ def test_a_stream_comes_as_it_is_written_and_ends_with_its_client(url: str) -> N
 
 @pytest.mark.slow
 def test_requests_beyond_the_limit_get_429_and_when_to_come_again(url: str) -> None:
-    body = {
-        "model": "tiny",
-        "prompt": TEXT,
-        "max_tokens": 100_000,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-    }
     headers = {"x-session-id": "hot"}
     held = []
     refused = None
@@ -159,7 +144,7 @@ def test_requests_beyond_the_limit_get_429_and_when_to_come_again(url: str) -> N
         while refused is None and len(held) < 10:
             request = httpx.Client(timeout=60)
             answer = request.send(
-                request.build_request("POST", f"{url}/v1/completions", json=body, headers=headers), stream=True
+                request.build_request("POST", f"{url}/v1/completions", json=ENDLESS, headers=headers), stream=True
             )
             held.append((request, answer))
             if answer.status_code != 200:
