@@ -10,6 +10,7 @@ EXTRAS = {
     "train": ("deepspeed", "tensorboard", "tensorboardX"),
     "serve": ("boto3", "fastapi", "redis", "uvicorn"),
     "tracking": ("mlflow", "wandb"),
+    "rouge": ("rouge_score",),
 }
 
 

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import core, ingest, memory
+from . import core, ingest, memory, summarise
 from .measuring import Job
 
 
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "core": Benchmark(core.core, core.sizes),
     "memory": Benchmark(memory.memory, memory.sizes),
     "ingest": Benchmark(ingest.ingest, ingest.sizes),
+    "summarise": Benchmark(summarise.summarise, summarise.sizes),
     "serve": Benchmark(_named("serving", "serve"), _named("serving", "sizes")),
     "serve_http": Benchmark(_named("serving_http", "serve_http"), _named("serving_http", "sizes")),
 }

@@ -53,12 +53,13 @@ def difference(before: Sequence[InputFile], now: Sequence[FileEntry]) -> str | N
             return f"{what} {min(names)}{more}"
     if [file.name for file in before] != [file.name for file in now]:
         return "the same files in another order"
-    changed = (new.name for old, new in zip(before, now, strict=True) if not _is_same(old, new))
+    changed = (new.name for old, new in zip(before, now, strict=True) if not is_same(old, new))
     first = next(changed, None)
     return None if first is None else f"changed {first}"
 
 
-def _is_same(old: InputFile, new: FileEntry) -> bool:
+def is_same(old: InputFile, new: FileEntry) -> bool:
+    """Whether a file that was read is still as it was."""
     if old.num_bytes != new.num_bytes:
         return False
     if old.uri == new.uri and old.mtime_ns == new.mtime_ns and old.sha256 is not None:

@@ -49,10 +49,10 @@ class Source:
     def __init__(self, uri: str) -> None:
         files, path = storage.filesystem(uri)
         self._hash = hashlib.sha256()
-        self._stream = _readable(lambda: files.open_input_stream(path, compression=None))
+        self._stream = readable(lambda: files.open_input_stream(path, compression=None))
 
     def read(self, size: int = -1) -> bytes:
-        data = _readable(self._stream.read, CHUNK_BYTES if size < 0 else size)
+        data = readable(self._stream.read, CHUNK_BYTES if size < 0 else size)
         self._hash.update(data)
         return data
 
@@ -70,7 +70,7 @@ class Source:
         return self._hash.hexdigest()
 
 
-def _readable(function: Callable[..., Any], *args: Any) -> Any:
+def readable(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except (OSError, pa.ArrowException) as error:
@@ -99,7 +99,7 @@ def read_documents(uri: str, name: str, source: Source) -> Iterator[Document | F
     elif lower.endswith(".jsonl"):
         yield from _json_lines(name, source)
     else:
-        yield from _parquet_rows(uri, name)
+        yield from parquet_rows(uri, name)
 
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".parquet")
@@ -118,11 +118,19 @@ def _gunzip(source: Source) -> Iterator[bytes]:
 
 
 def _json_lines(name: str, source: Source) -> Iterator[Document | Fault]:
+    for number, _, line in numbered_lines(source):
+        yield _json_document(name, number, line)
+
+
+def numbered_lines(source: Source) -> Iterator[tuple[int, int, bytes]]:
+    """(number from 1, offset in the file in bytes, the line without its end) of every line that is not blank."""
+    offset = 0
     for number, line in enumerate(_lines(source.chunks()), start=1):
-        if number == 1:
-            line = line.removeprefix(_BOM)  # of the file, not of a text
+        start, offset = offset, offset + len(line) + 1
+        if number == 1 and line.startswith(_BOM):  # of the file, not of a text
+            start, line = len(_BOM), line[len(_BOM) :]
         if line.strip():
-            yield _json_document(name, number, line)
+            yield number, start, line
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -138,6 +146,12 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _json_document(name: str, number: int, line: bytes) -> Document | Fault:
+    value = json_object(line, number)
+    return value if isinstance(value, Fault) else text_document(value, name, number)
+
+
+def json_object(line: bytes, number: int) -> dict[str, Any] | Fault:
+    """The JSON object that a line holds."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -146,7 +160,12 @@ def _json_document(name: str, number: int, line: bytes) -> Document | Fault:
         return Fault("not_json", f"not JSON: {error}", number)
     if not isinstance(value, dict):
         return Fault("not_json", f"not a JSON object but {type(value).__name__}", number)
-    found = _document(value.get("text", ""), value.get("id"), f"{name}:{number}", number)
+    return value
+
+
+def text_document(value: dict[str, Any], name: str, number: int) -> Document | Fault:
+    """The document that a JSON object holds in `text`, with an optional `id`."""
+    found = document(value.get("text", ""), value.get("id"), f"{name}:{number}", number)
     if "text" not in value and isinstance(found, Document):
         return Fault("no_text", "no field `text`", number, found.document_id)
     return found
@@ -155,9 +174,10 @@ def _json_document(name: str, number: int, line: bytes) -> Document | Fault:
 # --- Parquet ----------------------------------------------------------------------------------------
 
 
-def _parquet_rows(uri: str, name: str) -> Iterator[Document | Fault]:
+def parquet_rows(uri: str, name: str, start: int = 0) -> Iterator[Document | Fault]:
+    """The documents of a Parquet file from row `start` (counted from 0) on; row groups before it are not read."""
     files, path = storage.filesystem(uri)
-    file = _readable(lambda: pq.ParquetFile(files.open_input_file(path), buffer_size=CHUNK_BYTES))
+    file = readable(lambda: pq.ParquetFile(files.open_input_file(path), buffer_size=CHUNK_BYTES))
     schema = file.schema_arrow
     if "text" not in schema.names:
         yield Fault("no_text", f"no column `text`, only {', '.join(schema.names) or 'none'}")
@@ -168,9 +188,9 @@ def _parquet_rows(uri: str, name: str) -> Iterator[Document | Fault]:
         yield Fault("no_text", f"column `text` holds {kind}, not strings")
         return
     columns = [column for column in ("text", "id") if column in schema.names]
-    batches = file.iter_batches(batch_size=_batch_rows(file), columns=columns)
-    number = 0
-    while (batch := _readable(next, batches, None)) is not None:
+    groups, number = _groups_from(file, start)
+    batches = file.iter_batches(batch_size=_batch_rows(file), columns=columns, row_groups=groups)
+    while (batch := readable(next, batches, None)) is not None:
         texts = batch.column("text")
         texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
         large = texts.type in (pa.large_string(), pa.large_binary())
@@ -178,8 +198,19 @@ def _parquet_rows(uri: str, name: str) -> Iterator[Document | Fault]:
         ids = batch.column("id") if "id" in columns else None
         for row in range(batch.num_rows):
             number += 1
-            document_id = None if ids is None else _readable_id(ids[row])
-            yield _document(texts[row].as_py(), document_id, f"{name}:{number}", number)
+            if number > start:
+                document_id = None if ids is None else _readable_id(ids[row])
+                yield document(texts[row].as_py(), document_id, f"{name}:{number}", number)
+
+
+def _groups_from(file: pq.ParquetFile, start: int) -> tuple[list[int], int]:
+    """(the row groups from the one that holds row `start` on, the rows before them)."""
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+    first, before = 0, 0
+    while first < len(sizes) and before + sizes[first] <= start:
+        before += sizes[first]
+        first += 1
+    return list(range(first, len(sizes))), before
 
 
 def _readable_id(scalar: pa.Scalar) -> Any:
@@ -200,7 +231,8 @@ def _batch_rows(file: pq.ParquetFile) -> int:
 # --- a document from a parsed value -----------------------------------------------------------------
 
 
-def _document(text: Any, given_id: Any, default_id: str, number: int) -> Document | Fault:
+def document(text: Any, given_id: Any, default_id: str, number: int) -> Document | Fault:
+    """A document of a parsed text and id, both unchecked; `number` is its line or row."""
     if given_id is None:
         document_id = default_id
     elif isinstance(given_id, str) and given_id:

@@ -1,149 +1,130 @@
-"""A worker of the summaries: holds the model, reads parts of files, gives rows of the result.
+"""A worker of a summary job: holds the model, takes a block of documents, commits their rows.
 
 Memory: the model; for each document being read a state of constant size and a piece of its text (1 MiB of it and its
-tokens), for one that is a JSONL line or a Parquet row all of its text.
+tokens), for one that is a JSONL line or a Parquet row all of its text; the rows of one block.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
+from pipelines.config import fingerprint
+from pipelines.data import catalogue
+from pipelines.data.catalogue import Entry, Reader
+from pipelines.data.read import UnreadableError
+from pipelines.serving import rows
+from pipelines.serving.documents import DocumentError, Summary, Text
+from pipelines.serving.ledger import Counts, Ledger, count
+from pipelines.serving.strategies import Settings, open_strategy, style_of
 
-import rmt_core
-from pipelines import storage
-from pipelines.config import InputError
-from pipelines.data.parts import FilePart, read_part
-from pipelines.data.read import Fault, UnreadableError
-from pipelines.data.tokenise import LossyTextError, Tokenizer, encode_chunks, load_tokenizer
-from pipelines.serving.batch import BatchEngine, Document, DocumentError, Summary, Writing, describe
-
-SCHEMA = pa.schema(
-    [
-        ("doc_id", pa.string()),
-        ("summary", pa.string()),  # null in an error row
-        ("num_tokens", pa.int64()),
-        ("num_segments", pa.int64()),
-        ("model", pa.string()),  # the model's fingerprint
-        ("status", pa.string()),  # ok or error
-        ("error", pa.string()),  # null in a good row
-    ]
-)
+_TRIES_TOGETHER = 2  # of a block: then each document is read alone, to find one that kills who reads it
+_TRIES_ALONE = 3  # of a document that stays where it was
 
 
-class Settings(NamedTuple):
-    """What a worker needs to know."""
+class Work(NamedTuple):
+    """What a worker is given beside the settings of its strategy."""
 
-    model: str  # URI of the model's directory
-    fingerprint: str  # of the model that is expected there
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    batch_size: int  # documents read side by side
-    device: str
+    output: str
+    model: str  # fingerprint that is expected
+    settings: str  # fingerprint of all that decides what is written
+    state_every: int  # segments between stored states; 0: none are stored
+    attempt: int  # 1, and one more for each round of retries
 
 
-class Loaded(NamedTuple):
-    """A model and its tokenizer."""
+class BlockWorker:
+    """Blocks of documents in, committed rows out."""
 
-    model: rmt_core.RecurrentModel
-    tokenizer: Tokenizer
-    fingerprint: str
-
-
-def load(uri: str, device: str = "cpu") -> Loaded:
-    """The model in a directory on disk or S3, with its tokenizer; InputError where they are not there or do not fit."""
-    with storage.local_directory(uri) as directory:
-        try:
-            model = rmt_core.load(directory, device)
-        except Exception as error:  # a damaged file raises whatever its library likes
-            raise InputError(f"model {uri} cannot be loaded: {error}") from error
-        try:
-            tokenizer = load_tokenizer(str(directory))
-        except InputError as error:
-            raise InputError(f"model {uri} needs its tokenizer beside it: {error}") from error
-    vocab_size = model.backbone.lm.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"model {uri} has {vocab_size} token embeddings, its tokenizer {tokenizer.vocab_size} tokens; save the "
-            "model with the tokenizer that it was trained with"
-        )
-    return Loaded(model, tokenizer, rmt_core.fingerprint(model))
-
-
-class Summariser:
-    """Parts of files in, tables of summaries out, in order."""
-
-    def __init__(self, settings: Settings) -> None:
-        model, self.tokenizer, self.fingerprint = load(settings.model, settings.device)
-        if self.fingerprint != settings.fingerprint:
+    def __init__(self, settings: Settings, work: Work) -> None:
+        self._settings = settings
+        self._work = work
+        self._ledger = Ledger(work.output)
+        self._strategy, found = open_strategy(settings)
+        if found != work.model:
             raise RuntimeError(
-                f"the model in {settings.model} is {self.fingerprint[:16]} here, but {settings.fingerprint[:16]} where "
-                "the job was started; give a directory that all machines share"
+                f"the model in {settings.model} is {found[:16]} here, but {work.model[:16]} where the job was started; "
+                "give a directory that all machines share"
             )
-        writing = Writing(
-            prompt=self.tokenizer.encode(settings.prompt).tolist(),
-            max_new_tokens=settings.max_new_tokens,
-            sampling=rmt_core.Sampling(settings.temperature, settings.top_p),
-            seed=settings.seed,
-        )
-        self.engine = BatchEngine(model, self.tokenizer, writing, settings.batch_size)
+        self._reader = Reader()
 
-    def summarise(self, parts: Iterable[FilePart]) -> Iterator[pa.Table]:
-        """Tables of `SCHEMA`, of as many rows as the engine reads side by side; the last may have fewer."""
-        rows: list[dict[str, Any]] = []
-        for summary in self.engine.summarise(documents(parts, self.tokenizer)):
-            rows.append(row(summary, self.fingerprint))
-            if len(rows) == self.engine.num_rows:
-                yield pa.Table.from_pylist(rows, SCHEMA)
-                rows = []
-        yield pa.Table.from_pylist(rows, SCHEMA)
+    def run(self, block: int, *, committed: bool) -> Counts:
+        """Makes the rows of a block, or where it is `committed` those that failed and may be tried again."""
+        if not committed and self._ledger.has(block):  # by an actor that died after it
+            return count(self._ledger.rows(block, ["status", "num_tokens"]))
+        entries = self._ledger.entries(block)
+        kept = self._kept(block, entries) if committed else {}
+        due = [n for n in range(len(entries)) if n not in kept]
+        if not due:
+            return count(self._ledger.rows(block, ["status", "num_tokens"]))
+        if committed:  # what failed may have been mended since
+            for n, entry in zip(due, catalogue.look_up_again([entries[n] for n in due]), strict=True):
+                entries[n] = entry
+        made = {n: self._row(entries[n], None) for n in due if entries[n].outcome is not None}
+        readable = [n for n in due if n not in made]
+        for n, summary in self._summaries(block, {n: entries[n] for n in readable}):
+            made[n] = self._row(entries[n], summary)
+        counts = self._ledger.commit(block, [{**kept, **made}[n] for n in range(len(entries))])
+        self._ledger.forget(block, (self._key(entry) for entry in entries))
+        return counts
+
+    def _summaries(self, block: int, entries: dict[int, Entry]) -> Iterator[tuple[int, Summary]]:
+        """A summary of each; side by side, or alone where work on the block has ended often before it was done."""
+        tries = self._ledger.tries(block)
+        alone = tries.get("reading")  # the document that was being read alone when the last try ended
+        deaths = {int(n): count for n, count in tries.get("deaths", {}).items()}
+        if alone is not None and alone["progress"] == self._progress(entries.get(alone["document"])):
+            deaths[alone["document"]] = deaths.get(alone["document"], 0) + 1
+        tries = {"times": tries.get("times", 0) + 1, "deaths": deaths}
+        self._ledger.note(block, tries)
+        if tries["times"] <= _TRIES_TOGETHER:
+            texts = (self._text(entry) for entry in entries.values())
+            yield from zip(entries, self._strategy.summarise(texts), strict=True)
+            return
+        for n, entry in entries.items():
+            if deaths.get(n, 0) >= _TRIES_ALONE:
+                reason = f"whoever read this document alone ended {deaths[n]} times before it was done"
+                yield n, Summary(entry.doc_id, "", 0, 0, 0, reason)
+                continue
+            self._ledger.note(block, {**tries, "reading": {"document": n, "progress": self._progress(entry)}})
+            yield n, next(iter(self._strategy.summarise([self._text(entry)])))
+
+    def _progress(self, entry: Entry | None) -> str | None:
+        """A mark of what is stored of a document: another one means that it was read on."""
+        data = None if entry is None else self._ledger.keeper(self._key(entry), 0).load()
+        return None if data is None else hashlib.sha256(data).hexdigest()
+
+    def _kept(self, block: int, entries: list[Entry]) -> dict[int, dict[str, Any]]:
+        """The rows of a committed block that stay: all but errors that were not tried in this round."""
+        found = dict(enumerate(self._ledger.rows(block).to_pylist()))
+        return {
+            n: row
+            for n, row in found.items()
+            if row["status"] != rows.ERROR or row["attempt"] >= self._work.attempt or entries[n].is_repeated
+        }
+
+    def _row(self, entry: Entry, summary: Summary | None) -> dict[str, Any]:
+        about = {
+            "model": self._work.model,
+            "strategy": self._settings.strategy,
+            "settings": self._work.settings,
+            "attempt": self._work.attempt,
+            "finished_unix_s": int(time.time()),
+        }
+        return rows.row(entry, summary, about)
+
+    def _text(self, entry: Entry) -> Text:
+        found = self._reader.open(entry)
+        keeper = None
+        if self._work.state_every:
+            keeper = self._ledger.keeper(self._key(entry), self._work.state_every)
+        return Text(entry.doc_id, _chunks(found), style_of(self._settings.style, found.request), keeper)
+
+    def _key(self, entry: Entry) -> str:
+        return fingerprint([entry.doc_id, entry.sha256, self._work.model, self._work.settings])
 
 
-def row(summary: Summary, fingerprint: str) -> dict[str, Any]:
-    """A summary as a row of `SCHEMA`."""
-    return {
-        "doc_id": summary.doc_id,
-        "summary": None if summary.error else summary.text,
-        "num_tokens": summary.num_tokens,
-        "num_segments": summary.num_segments,
-        "model": fingerprint,
-        "status": "error" if summary.error else "ok",
-        "error": summary.error or None,
-    }
-
-
-def documents(parts: Iterable[FilePart], tokenizer: Tokenizer) -> Iterator[Document]:
-    """What the parts hold, for the engine: a fault becomes a document that fails with the fault's reason."""
-    for part in parts:
-        try:
-            for found in read_part(part):
-                if isinstance(found, Fault):
-                    place = part.name if found.line is None else f"{part.name}:{found.line}"
-                    yield _failing(found.document_id or place, found.reason)
-                else:
-                    yield Document(found.document_id, _tokens(tokenizer, found.chunks))
-        except Exception as error:  # a file on which its parser breaks must not take the other files with it
-            yield _failing(part.name, f"cannot be read: {describe(error)}")
-
-
-def _tokens(tokenizer: Tokenizer, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+def _chunks(text: catalogue.Text) -> Iterator[bytes]:
     try:
-        yield from encode_chunks(tokenizer, chunks)
-    except (UnreadableError, LossyTextError) as error:
+        yield from text.chunks
+    except UnreadableError as error:
         raise DocumentError(str(error)) from error
-
-
-def _failing(doc_id: str, reason: str) -> Document:
-    def tokens() -> Iterator[np.ndarray]:
-        raise DocumentError(reason)
-        yield  # makes this a generator
-
-    return Document(doc_id, tokens())
-
-
-def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
-    """One table of `SCHEMA`, also of none."""
-    return pa.concat_tables([SCHEMA.empty_table(), *tables])

@@ -218,5 +218,97 @@ def test_an_end_token_ends_the_summary(model: rmt_core.RecurrentModel) -> None:
     assert ended.num_written == free.index(free[7])
 
 
+class Kept:
+    """A keeper in memory."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.data: bytes | None = None
+
+    def load(self) -> bytes | None:
+        return self.data
+
+    def keep(self, data: bytes) -> None:
+        self.data = data
+
+
+class Killed(BaseException):
+    pass
+
+
+def dying(model: rmt_core.RecurrentModel, monkeypatch: pytest.MonkeyPatch, alive: float) -> list[int]:
+    """Makes the model die after so many steps; the list grows by the rows of each step."""
+    rows: list[int] = []
+    step = type(model).step
+
+    def counted(self: rmt_core.RecurrentModel, tokens: torch.Tensor, *args: object, **kwargs: object) -> object:
+        if len(rows) >= alive:
+            raise Killed
+        rows.append(len(tokens))
+        return step(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "step", counted)
+    return rows
+
+
+@pytest.mark.parametrize("memory", ["none", {"kind": "rmt", "num_tokens": 2}, "armt", ["xl", "rmt"]])
+@pytest.mark.parametrize("alive", [2, 9, 29])
+def test_a_document_goes_on_from_its_last_state_and_ends_the_same(
+    monkeypatch: pytest.MonkeyPatch, memory: object, alive: int
+) -> None:
+    model = tiny_model(memory)
+    texts = [document(0, 25 * SEGMENT_LEN + 3), document(1, 5 * SEGMENT_LEN)]
+    uninterrupted = list(engine(model, 2).summarise(texts))
+    keepers = [Kept(4), Kept(4)]
+    texts = [text._replace(keeper=keeper) for text, keeper in zip(texts, keepers, strict=True)]
+    with monkeypatch.context() as patch:
+        dying(model, patch, alive)
+        if alive < 25:
+            with pytest.raises(Killed):
+                list(engine(model, 2).summarise(texts))
+        else:
+            list(engine(model, 2).summarise(texts))  # its states are there, its summary was lost
+    with monkeypatch.context() as patch:
+        rows = dying(model, patch, float("inf"))
+        resumed = list(engine(model, 2).summarise(texts))
+    assert resumed == uninterrupted
+    kept = [min(alive, 25) // 4 * 4, min(alive, 5) // 4 * 4]
+    read_again = sum(rows[: 25 - kept[0]])
+    assert read_again == (25 - kept[0]) + (5 - kept[1])
+
+
+def test_an_altered_state_is_not_believed(model: rmt_core.RecurrentModel) -> None:
+    keeper = Kept(4)
+    text = document(0, 10 * SEGMENT_LEN)._replace(keeper=keeper)
+    clean = list(engine(model, 1).summarise([text]))
+    assert keeper.data is not None
+    keeper.data = keeper.data[:-1] + bytes([keeper.data[-1] ^ 1])
+    assert list(engine(model, 1).summarise([text])) == clean
+
+
+def test_a_text_that_is_shorter_than_what_was_read_of_it_is_an_error(model: rmt_core.RecurrentModel) -> None:
+    keeper = Kept(4)
+    list(engine(model, 1).summarise([document(0, 10 * SEGMENT_LEN)._replace(keeper=keeper)]))
+    (found,) = engine(model, 1).summarise([document(0, 5 * SEGMENT_LEN)._replace(keeper=keeper)])
+    assert found.error == "its text ends before the 8 segments that were read of it before"
+
+
+def test_what_cannot_be_stored_ends_the_run(model: rmt_core.RecurrentModel) -> None:
+    class Full(Kept):
+        def keep(self, data: bytes) -> None:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        list(engine(model, 1).summarise([document(0, 90)._replace(keeper=Full(1))]))
+
+
+def test_documents_may_be_written_about_each_in_its_way(model: rmt_core.RecurrentModel) -> None:
+    ways = [Writing(PROMPT, 5, rmt_core.Sampling(), 0), Writing(PROMPT, 20, rmt_core.Sampling(1.0), 3), None]
+    texts = [document(i, 40)._replace(writing=ways[i % 3]) for i in range(6)]
+    together = list(engine(model, 6).summarise(texts))
+    assert together == [next(engine(model, 1).summarise([text])) for text in texts]
+    assert [summary.num_written for summary in together[::3]] == [5, 5]
+
+
 def test_no_documents_give_no_summaries(model: rmt_core.RecurrentModel) -> None:
     assert list(engine(model, 2).summarise([])) == []

@@ -1,13 +1,16 @@
-"""The summarise job: rows in input order, bad documents as error rows, output whole, errors in one line."""
+"""The summarise job: every document has one row whatever is killed, in input order, and errors are one line."""
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,11 @@ import rmt_core
 from pipelines import storage, summarise
 from pipelines.config import parse
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.serving import summariser
+from pipelines.serving import planning, rows, strategies
 from pipelines.serving.batch import BatchEngine, Document, Writing
+from pipelines.serving.documents import DocumentError, Style
+from pipelines.serving.ledger import Ledger
+from tests.pipelines import tiny_instruct
 
 ROOT = Path(__file__).resolve().parents[2]
 SEGMENT_LEN = 32
@@ -47,6 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     built = rmt_core.build(backbone=backbone, memory={"kind": "rmt", "num_tokens": 2}, segment_len=SEGMENT_LEN)
     with torch.no_grad():
         built.backbone.lm.get_input_embeddings().weight[0] = float("nan")
+        built.backbone.lm.get_output_embeddings().weight[0] = 0  # so that it never writes that byte
     directory = tmp_path_factory.mktemp("models") / "tiny"
     rmt_core.save(directory, built, ByteTokenizer())
     return str(directory)
@@ -102,10 +109,13 @@ def rows_of(output: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in storage.read_bytes(storage.join(str(output), "summaries.jsonl")).splitlines()]
 
 
-def alone(model: str, doc_id: str, document: str, temperature: float = 0.0) -> str:
+PLAIN = Style(12, rmt_core.Sampling(), 0)
+
+
+def alone(model: str, doc_id: str, document: str, style: Style = PLAIN) -> str:
     """The summary of a document read with nothing beside it, without Ray."""
-    loaded = summariser.load(model)
-    writing = Writing(list(b"\n\nSummary: "), 12, rmt_core.Sampling(temperature, 1.0), 0)
+    loaded = strategies.load(model)
+    writing = Writing(list(b"\n\nSummary: "), style.max_new_tokens, style.sampling, style.seed)
     tokens = loaded.tokenizer.encode(document)
     return next(BatchEngine(*loaded[:2], writing, 1).summarise([Document(doc_id, [tokens])])).text
 
@@ -114,20 +124,18 @@ def alone(model: str, doc_id: str, document: str, temperature: float = 0.0) -> s
 def finished(
     local_ray: None, model: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """An output made once, with parts of two rows."""
+    """An output made once, with blocks of five documents."""
     output = tmp_path_factory.mktemp("out") / "nested" / "summaries"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summarise, "_PART_ROWS", 2)
-        arguments = ["--model", model, "--input", str(folder), "--output", str(output), *NEW]
-        config, _ = parse(summarise.SummariseConfig, arguments, prog="", description="")
-        return output, summarise.summarise(config)
+    arguments = ["--model", model, "--input", str(folder), "--output", str(output), *NEW, "--block-size", "5"]
+    config, _ = parse(summarise.SummariseConfig, arguments, prog="", description="")
+    return output, summarise.summarise(config)
 
 
 def test_rows_come_in_input_order_and_bad_documents_are_error_rows(finished: tuple[Path, dict[str, Any]]) -> None:
     output, result = finished
     rows = rows_of(output)
     assert [row["doc_id"] for row in rows] == ORDER
-    assert all(list(row) == COLUMNS for row in rows)
+    assert all(list(row)[: len(COLUMNS)] == COLUMNS for row in rows)
     good = [row for row in rows if row["status"] == "ok"]
     assert {row["doc_id"] for row in good} == GOOD
     assert all(row["error"] is None and isinstance(row["summary"], str) for row in good)
@@ -153,9 +161,46 @@ def test_summaries_are_those_of_each_document_alone(finished: tuple[Path, dict[s
 def test_parquet_holds_the_same_rows(finished: tuple[Path, dict[str, Any]]) -> None:
     output, _ = finished
     parts = sorted(output.glob("summaries-*.parquet"))
-    assert len(parts) > 3
+    assert [len(pq.read_table(part)) for part in parts] == [5, 5, 5, 5, 1]
     assert pa.concat_tables(map(pq.read_table, parts)).to_pylist() == rows_of(output)
-    assert pq.read_schema(parts[0]).equals(summariser.SCHEMA)
+    assert pq.read_schema(parts[0]).equals(rows.SCHEMA)
+
+
+def test_rows_tell_where_they_come_from(finished: tuple[Path, dict[str, Any]], model: str, folder: Path) -> None:
+    output, _ = finished
+    found = {row["doc_id"]: row for row in rows_of(output) if row["status"] == "ok"}
+    assert found["a"]["source"] == str(folder / "a.txt")
+    assert found["line-1"]["source"] == f"{folder / 'e.jsonl'}:2"
+    assert found["a"]["sha256"] == hashlib.sha256(TEXTS["a"].encode()).hexdigest()
+    assert {(row["strategy"], row["attempt"], row["url"]) for row in found.values()} == {("memory", 1, None)}
+    settings = storage.read_json(str(output / "job.json"))["config_fingerprint"]
+    assert {row["settings"] for row in found.values()} == {settings}
+    assert all(row["elapsed_s"] > 0 and 0 < row["num_written"] <= 12 for row in found.values())
+    reasons = {(row["num_written"] == 12, row["finish_reason"]) for row in found.values()}
+    assert reasons <= {(True, "length"), (True, "stop"), (False, "stop")}
+
+
+def test_dead_letters_are_the_errors(finished: tuple[Path, dict[str, Any]]) -> None:
+    output, result = finished
+    lines = [json.loads(line) for line in (output / "dead_letters.jsonl").read_text().splitlines()]
+    bad = [row for row in rows_of(output) if row["status"] == "error"]
+    assert [(line["doc_id"], line["error"], line["source"]) for line in lines] == [
+        (row["doc_id"], row["error"], row["source"]) for row in bad
+    ]
+    assert len(lines) == result["num_error"]
+
+
+def test_status_counts_what_is_there(finished: tuple[Path, dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
+    output, result = finished
+    code, found, _ = run(capfd, "status", "--output", output)
+    assert code == 0
+    assert found["complete"]
+    assert {name: found[name] for name in ("num_ok", "num_error", "num_skipped", "num_documents", "num_pending")} == {
+        name: result[name] for name in ("num_ok", "num_error", "num_skipped", "num_documents", "num_pending")
+    }
+    assert (found["num_blocks"], found["num_blocks_done"], found["num_stored_states"]) == (5, 5, 0)
+    code, _, err = run(capfd, "status", "--output", output.parent)
+    assert (code, err.count("\n")) == (2, 1)
 
 
 def test_again_does_nothing_and_other_settings_are_refused(
@@ -190,14 +235,14 @@ def test_several_workers_give_the_same_sampled_rows(
     """With more workers than cores leave room for, files divided, and the inputs surveyed by Ray."""
     sampled = ("--temperature", "1", "--model", model, "--input", folder / "e.jsonl", *NEW)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summarise, "_SMALL_BYTES", -1)
+        patch.setattr(planning, "_SMALL_BYTES", -1)
         code, result, _ = run(capfd, *sampled, "--num-workers", 2, "--output", tmp_path / "two")
     assert (code, result["num_ok"], result["num_error"]) == (0, 10, 4)
     rows = rows_of(tmp_path / "two")
     assert [row["doc_id"] for row in rows] == ORDER[4:18]
     for i in (0, 4, 9):
         row = next(row for row in rows if row["doc_id"] == f"line-{i}")
-        assert row["summary"] == alone(model, f"line-{i}", text(i, 5 + 9 * i), temperature=1.0)
+        assert row["summary"] == alone(model, f"line-{i}", text(i, 5 + 9 * i), Style(12, rmt_core.Sampling(1.0), 0))
 
 
 def test_bad_input_is_one_line_and_exit_2(
@@ -225,6 +270,9 @@ def test_bad_input_is_one_line_and_exit_2(
         ({"--device": "tpu"}, "'cpu' or 'cuda'"),
         ({"--prompt": "\udcff"}, "needs to be UTF-8"),
         ({"--promt": "x"}, "did you mean --prompt?"),
+        ({"--shard": "2/2"}, "i from 0 to n - 1"),
+        ({"--strategy": "rolling"}, "is a model with memory: use --strategy memory"),
+        ({"--segment-len": "64"}, "has its own segments"),
     ):
         args = [word for pair in {**given, **changed}.items() for word in pair]
         code, result, err = run(capfd, *args)
@@ -238,7 +286,141 @@ def test_bad_input_is_one_line_and_exit_2(
 def test_dry_run_prints_the_configuration(capfd: pytest.CaptureFixture[str]) -> None:
     code, config, _ = run(capfd, "--model", "m", "--input", "a", "b", "--output", "o", "--dry-run")
     assert code == 0
-    assert (config["input"], config["prompt"], config["max_new_tokens"]) == (["a", "b"], "\n\nSummary: ", 128)
+    assert (config["input"], config["prompt"], config["max_new_tokens"]) == (["a", "b"], None, 128)
+
+
+def write_lines(path: Path, values: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_a_limit_takes_the_first_and_shards_share_an_output(
+    local_ray: None, model: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = write_lines(tmp_path / "in.jsonl", [{"text": text(i, 9), "id": str(i)} for i in range(30)])
+    given = ("--model", model, "--input", lines, "--output", tmp_path / "out", *NEW, "--limit", 11)
+    _, first, _ = run(capfd, *given, "--shard", "0/2")
+    assert first["num_ok"] + first["num_pending"] == 11
+    assert 0 < first["num_ok"] < 11
+    assert [row["doc_id"] for row in rows_of(tmp_path / "out")] == [str(n) for n in (0, 1, 2, 6, 7, 8)]
+    code, second, _ = run(capfd, *given, "--shard", "1/2")
+    assert (code, second["num_ok"], second["num_pending"]) == (0, 11, 0)
+    assert [row["doc_id"] for row in rows_of(tmp_path / "out")] == [str(n) for n in range(11)]
+    code, again, err = run(capfd, *given)
+    assert (code, again) == (0, second)
+    assert "nothing to do" in err
+    code, _, err = run(capfd, *given[:-1], 12)
+    assert (code, "limit 11 there, 12 asked for" in err) == (2, True)
+
+
+def test_what_failed_is_tried_again_when_asked_and_nothing_else_is(
+    local_ray: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values: list[dict[str, Any]] = [{"text": text(i, 9), "id": str(i)} for i in range(6)]
+    lines = write_lines(tmp_path / "in.jsonl", [*values[:3], {"id": "bad"}, *values[3:], {"text": "a\0", "id": "nan"}])
+    given = ("--model", model, "--input", lines, "--output", tmp_path / "out", *NEW, "--block-size", 2)
+    _, result, _ = run(capfd, *given)
+    assert (result["num_ok"], result["num_error"]) == (6, 2)
+    before = rows_of(tmp_path / "out")
+    parts = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    code, _, err = run(capfd, *given[:6], "--retry-failed", *NEW)
+    assert code == 0, err
+    assert [row["attempt"] for row in rows_of(tmp_path / "out")] == [1, 1, 1, 2, 1, 1, 1, 2]
+    write_lines(lines, [*values[:3], {"text": text(9, 9), "id": "bad"}, *values[3:], {"text": "a\0", "id": "nan"}])
+    code, _, err = run(capfd, *given)
+    assert (code, "changed in.jsonl" in err) == (2, True)
+    code, result, _ = run(capfd, *given, "--retry-failed")
+    assert (code, result["num_ok"], result["num_error"]) == (0, 7, 1)
+    after = rows_of(tmp_path / "out")
+    assert [row for row in after if row["doc_id"] not in ("bad", "nan")] == [
+        row for row in before if row["doc_id"] not in ("e", "in.jsonl:4", "nan")
+    ]
+    assert after[3]["summary"] == alone(model, "bad", text(9, 9))
+    assert (after[3]["attempt"], after[7]["attempt"]) == (3, 3)
+    code, again, err = run(capfd, *given)
+    assert (code, again, "nothing to do" in err) == (0, result, True)
+    same = {name for name, time in parts.items() if (tmp_path / "out" / name).stat().st_mtime_ns == time}
+    assert same == {"plan-00000.parquet", "summaries-00000.parquet", "summaries-00002.parquet"}
+
+
+def test_batch_requests_get_result_lines(
+    local_ray: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = "/v1/chat/completions"
+    bodies: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": TEXTS["a"]}]},
+        {"messages": [{"role": "user", "content": TEXTS["a"]}], "max_tokens": 3},
+        {"messages": [{"role": "user", "content": TEXTS["a"]}], "temperature": 1.0, "seed": 5},
+        {"messages": [{"role": "user", "content": TEXTS["a"]}], "tools": [{}]},
+        {"messages": [{"role": "user", "content": "a\0"}]},
+    ]
+    requests = [{"custom_id": f"r{n}", "method": "POST", "url": url, "body": body} for n, body in enumerate(bodies)]
+    lines = write_lines(tmp_path / "in.jsonl", [*requests, requests[0], {"text": "no request"}])
+    _, result, _ = run(capfd, "--model", model, "--input", lines, "--output", tmp_path / "out", *NEW)
+    assert (result["num_ok"], result["num_error"], result["num_skipped"]) == (4, 2, 1)
+    found = [json.loads(line) for line in (tmp_path / "out" / "batch_output.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in found] == ["r0", "r1", "r2", "r3", "r4"]
+    whole = found[0]["response"]["body"]
+    assert whole["choices"][0]["message"]["content"] == alone(model, "r0", TEXTS["a"])
+    assert whole["usage"]["prompt_tokens"] == len(TEXTS["a"].encode())
+    short = found[1]["response"]["body"]["choices"][0]
+    assert short["message"]["content"] == alone(model, "r1", TEXTS["a"], Style(3, rmt_core.Sampling(), 0))
+    assert short["finish_reason"] == "length"
+    drawn = found[2]["response"]["body"]["choices"][0]["message"]["content"]
+    assert drawn == alone(model, "r2", TEXTS["a"], Style(12, rmt_core.Sampling(1.0), 5))
+    assert drawn != whole["choices"][0]["message"]["content"]
+    assert [line["response"] for line in found[3:]] == [None, None]
+    assert "`body.tools`" in found[3]["error"]["message"]
+    statuses = [row["status"] for row in rows_of(tmp_path / "out")]
+    assert statuses == ["ok", "ok", "ok", "error", "error", "skipped", "ok"]
+
+
+def test_instruct_models_summarise_too(local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    directory = tiny_instruct.save(tmp_path / "model")
+    lines = write_lines(tmp_path / "in.jsonl", [{"text": text(i, 60), "id": str(i)} for i in range(3)])
+    for strategy in ("rolling", "map_reduce"):
+        given = ("--model", directory, "--input", lines, "--strategy", strategy, "--segment-len", 64)
+        code, result, err = run(capfd, *given, "--output", tmp_path / strategy, *NEW)
+        assert (code, result["num_ok"]) == (0, 3), err
+        found = rows_of(tmp_path / strategy)
+        called = summarise.Summariser(directory, strategy=strategy, max_new_tokens=12)
+        assert {row["strategy"] for row in found} == {strategy}
+        assert [row["num_tokens"] for row in found] == [len(text(i, 60).encode()) for i in range(3)]
+        assert all(row["num_segments"] > 3 for row in found)
+        assert [row["num_segments"] for row in found] != [0] * 3
+        assert called(text(0, 3))[0]["num_segments"] == 1
+
+
+def test_called_it_gives_the_summaries_of_texts(model: str) -> None:
+    summarise_texts = summarise.Summariser(model, max_new_tokens=12)
+    assert summarise_texts(TEXTS["a"]) == [
+        {
+            "summary_text": alone(model, "0", TEXTS["a"]),
+            "num_tokens": len(TEXTS["a"].encode()),
+            "num_segments": -(-len(TEXTS["a"].encode()) // SEGMENT_LEN),
+        }
+    ]
+    both = summarise_texts([TEXTS["a"], TEXTS["c"]])
+    assert [found["summary_text"] for found in both] == [alone(model, "", TEXTS[name]) for name in ("a", "c")]
+    assert summarise_texts([]) == []
+    with pytest.raises(DocumentError, match="text 1: the document is empty"):
+        summarise_texts(["full", ""])
+
+
+def test_a_plan_takes_no_more_memory_for_more_documents(tmp_path: Path) -> None:
+    """Of this process, by Python's own count; the fixed part is a table of entries."""
+    peaks = []
+    for count in (10_000, 30_000):
+        lines = write_lines(tmp_path / f"{count}.jsonl", [{"text": "x" * 400, "id": str(n)} for n in range(count)])
+        files = storage.expand([str(lines)], (".jsonl",))
+        ledger = Ledger(str(tmp_path / str(count)))
+        tracemalloc.start()
+        plan = planning.make_plan(ledger, files, planning.Wishes(None, None, 8, 1))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert plan.numbers.num_documents == count
+        assert len(ledger.entries(plan.numbers.num_blocks - 1)) > 0
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 # --- as a command, with a Ray of its own --------------------------------------------------------------
@@ -272,17 +454,97 @@ def test_from_s3_to_s3_as_a_command(s3_bucket: str, model: str) -> None:
     assert rows[0]["summary"] == alone(model, "a", TEXTS["a"])
 
 
-@pytest.mark.slow
-def test_ctrl_c_leaves_no_output(model: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("many words " * 2_000_000)
-    process = start("--model", model, "--input", tmp_path / "a.txt", "--output", tmp_path / "out")
-    assert process.stderr is not None
-    while "reading about" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(5)  # the worker starts, or reads
+def processes_below(pid: int) -> Iterator[tuple[int, str]]:
+    """(process id, command line) of everything that a process has started."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (entry / "stat").read_text()
+                parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    waiting = [pid]
+    while waiting:
+        for child in parents.get(waiting.pop(), []):
+            waiting.append(child)
+            with contextlib.suppress(OSError):
+                yield child, Path(f"/proc/{child}/cmdline").read_text()
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def wait_for(process: "subprocess.Popen[str]", true: Callable[[], object]) -> None:
+    """Until it is true, while the process runs."""
+
+    def ended() -> bool:
+        assert process.poll() is None, process.communicate()[1]
+        return bool(true())
+
+    wait_until(ended)
+
+
+@pytest.mark.long
+@pytest.mark.ray
+def test_killed_anywhere_the_same_command_completes_it(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An actor, then the job, by SIGKILL; then Ctrl-C; among the documents poison, a repeated one and a book."""
+    values: list[dict[str, Any]] = [{"text": text(i, 600), "id": str(i)} for i in range(24)]
+    values[5] = {"text": "poison \0 " * 30, "id": "5"}
+    values[9] = values[8]
+    lines = write_lines(tmp_path / "in.jsonl", values)
+    book = text(99, 12_000)
+    (tmp_path / "z.txt").write_text(book)
+    output = tmp_path / "out"
+    given = ("--model", model, "--input", lines, tmp_path / "z.txt", "--output", output, *NEW)
+    given = (*given, "--block-size", 4, "--state-every", 16)
+
+    def parts() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in output.glob("summaries-*.parquet")}
+
+    process = start(*given)
+    wait_for(process, lambda: len(parts()) >= 1)
+    (actor,) = [pid for pid, words in processes_below(process.pid) if "MapWorker" in words]
+    os.kill(actor, signal.SIGKILL)
+    before = parts()
+    wait_for(process, lambda: len(parts()) > len(before) + 1)
+    below = [actor for actor, _ in processes_below(process.pid)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until(lambda: not any(is_running(pid) for pid in below))  # Ray ends without its driver
+    killed = parts()
+    assert before.items() <= killed.items()
+    code, found, _ = run(capfd, "status", "--output", output)
+    assert (code, found["complete"], found["num_blocks_done"]) == (0, False, len(killed))
+
+    process = start(*given)
+    wait_for(process, lambda: len(parts()) > len(killed))
     os.killpg(process.pid, signal.SIGINT)
-    with contextlib.closing(process.stderr):
-        stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
-    assert stdout == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (130, ""), stderr
+    assert killed.items() <= parts().items()
+
+    process = start(*given)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    result = json.loads(stdout)
+    assert [result[name] for name in ("num_ok", "num_error", "num_skipped", "num_pending")] == [23, 1, 1, 0]
+    assert killed.items() <= parts().items()  # what was committed was not made again
+    rows = rows_of(output)
+    assert [row["doc_id"] for row in rows] == [*(str(8 if n == 9 else n) for n in range(24)), "z"]
+    assert [row["status"] for row in rows].index("error") == 5
+    assert rows[9]["status"] == "skipped"
+    assert rows[24]["summary"] == alone(model, "z", book)
+    assert rows[23]["summary"] == alone(model, "23", text(23, 600))
+    assert not any((output / "states").iterdir())
+    assert not any(path.name.startswith(".") for path in output.iterdir())
