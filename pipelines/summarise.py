@@ -10,7 +10,7 @@ appear as one Parquet part when it ends. Every document ends as `ok`, `error` wi
 any point, the same command goes on: parts that are there stay, a long document continues from its last stored state.
 
 Memory: this process holds the names of files and the numbers of blocks, never a text or an id; through Ray go numbers.
-What a worker holds is said in pipelines/serving/summariser.py.
+What a worker holds is said in pipelines/summarising/worker.py.
 """
 
 import sys
@@ -33,16 +33,16 @@ from pipelines.cluster import connect
 from pipelines.config import Config, Count, InputError, StrictError, fingerprint, run_job
 from pipelines.data import inputs
 from pipelines.data.read import SUFFIXES
-from pipelines.serving import ledger as ledgers
-from pipelines.serving import strategies
-from pipelines.serving.crew import Crew, run_blocks
-from pipelines.serving.documents import DocumentError, Style, Text
-from pipelines.serving.ledger import Counts, Ledger
-from pipelines.serving.planning import Wishes, make_plan
-from pipelines.serving.standing import Todo, job_there, whats_left
-from pipelines.serving.strategies import MEMORY, Settings
-from pipelines.serving.summariser import Work
 from pipelines.storage import FileEntry
+from pipelines.summarising import ledger as ledgers
+from pipelines.summarising import strategies
+from pipelines.summarising.crew import Crew, run_blocks
+from pipelines.summarising.documents import DocumentError, Style, Text
+from pipelines.summarising.ledger import Counts, Ledger
+from pipelines.summarising.planning import Wishes, make_plan
+from pipelines.summarising.standing import Todo, job_there, whats_left
+from pipelines.summarising.strategies import MEMORY, Settings
+from pipelines.summarising.worker import Work
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.summarise")
 

@@ -27,11 +27,11 @@ from .chat import load_chat_format
 from .engine import Engine, Settings
 from .errors import RETRY_AFTER_S
 from .front import Front
+from .loading import load
 from .serve_config import ServeConfig
 from .service import Service
 from .sessions import Limits, Sessions
 from .store import open_store
-from .summariser import load
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _WAITING = "num_waiting_segments"

@@ -12,12 +12,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.serving import strategies
-from pipelines.serving.asking import Asking
-from pipelines.serving.documents import DocumentError, Style, Summary, Text
-from pipelines.serving.instruct import Ask, InstructModel, Reply
-from pipelines.serving.rereading import Frames
-from pipelines.serving.strategies import Settings
+from pipelines.summarising import strategies
+from pipelines.summarising.asking import Asking
+from pipelines.summarising.documents import DocumentError, Style, Summary, Text
+from pipelines.summarising.instruct import Ask, InstructModel, Reply
+from pipelines.summarising.rereading import Frames
+from pipelines.summarising.strategies import Settings
 from tests.pipelines import tiny_instruct
 
 STYLE = Style(12, rmt_core.Sampling(), 0)

@@ -25,10 +25,12 @@ import rmt_core
 from pipelines import storage, summarise
 from pipelines.config import parse
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.serving import planning, rows, strategies
-from pipelines.serving.batch import BatchEngine, Document, Writing
-from pipelines.serving.documents import DocumentError, Style
-from pipelines.serving.ledger import Ledger
+from pipelines.summarising import planning, rows
+from pipelines.summarising.crew import Crew
+from pipelines.summarising.documents import DocumentError, Style, document_seed
+from pipelines.summarising.ledger import Counts, Ledger
+from pipelines.summarising.strategies import Settings
+from pipelines.summarising.worker import BlockWorker, Work
 from tests.pipelines import tiny_instruct
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,11 +115,29 @@ PLAIN = Style(12, rmt_core.Sampling(), 0)
 
 
 def alone(model: str, doc_id: str, document: str, style: Style = PLAIN) -> str:
-    """The summary of a document read with nothing beside it, without Ray."""
-    loaded = strategies.load(model)
-    writing = Writing(list(b"\n\nSummary: "), style.max_new_tokens, style.sampling, style.seed)
-    tokens = loaded.tokenizer.encode(document)
-    return next(BatchEngine(*loaded[:2], writing, 1).summarise([Document(doc_id, [tokens])])).text
+    """The summary of a document by the core's own session, with nothing beside it."""
+    loaded = rmt_core.load(model)
+    session = rmt_core.read(loaded, rmt_core.open_session(loaded, 1), torch.tensor([list(document.encode())]))
+    seeds = [document_seed(style.seed, doc_id)]
+    written = rmt_core.generate(
+        loaded, [list(b"\n\nSummary: ")], style.max_new_tokens, session=session,
+        sampling=style.sampling, stop_tokens=[256], seeds=seeds,
+    )  # fmt: skip
+    return ByteTokenizer().decode(written.tokens[0])
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are made one after the other in this process, without Ray."""
+
+    def run_here(settings: Settings, work: Work, crew: Crew) -> Counts:
+        worker, made = BlockWorker(settings, work), Counts()
+        for block in crew.blocks:
+            made = made.plus(worker.run(block, committed=block in crew.committed))
+        return made
+
+    monkeypatch.setattr(summarise, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(summarise, "run_blocks", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +249,7 @@ def test_again_does_nothing_and_other_settings_are_refused(
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
+@pytest.mark.long
 def test_several_workers_give_the_same_sampled_rows(
     local_ray: None, model: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,7 +316,7 @@ def write_lines(path: Path, values: list[dict[str, Any]]) -> Path:
 
 
 def test_a_limit_takes_the_first_and_shards_share_an_output(
-    local_ray: None, model: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    in_process: None, model: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lines = write_lines(tmp_path / "in.jsonl", [{"text": text(i, 9), "id": str(i)} for i in range(30)])
     given = ("--model", model, "--input", lines, "--output", tmp_path / "out", *NEW, "--limit", 11)
@@ -314,7 +335,7 @@ def test_a_limit_takes_the_first_and_shards_share_an_output(
 
 
 def test_what_failed_is_tried_again_when_asked_and_nothing_else_is(
-    local_ray: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    in_process: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     values: list[dict[str, Any]] = [{"text": text(i, 9), "id": str(i)} for i in range(6)]
     lines = write_lines(tmp_path / "in.jsonl", [*values[:3], {"id": "bad"}, *values[3:], {"text": "a\0", "id": "nan"}])
@@ -344,7 +365,7 @@ def test_what_failed_is_tried_again_when_asked_and_nothing_else_is(
 
 
 def test_batch_requests_get_result_lines(
-    local_ray: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    in_process: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url = "/v1/chat/completions"
     bodies: list[dict[str, Any]] = [
@@ -375,7 +396,7 @@ def test_batch_requests_get_result_lines(
     assert statuses == ["ok", "ok", "ok", "error", "error", "skipped", "ok"]
 
 
-def test_instruct_models_summarise_too(local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_instruct_models_summarise_too(in_process: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     directory = tiny_instruct.save(tmp_path / "model")
     lines = write_lines(tmp_path / "in.jsonl", [{"text": text(i, 60), "id": str(i)} for i in range(3)])
     for strategy in ("rolling", "map_reduce"):
@@ -433,7 +454,7 @@ def start(*args: object) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.s3
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_s3_to_s3_as_a_command(s3_bucket: str, model: str) -> None:
     place = f"{s3_bucket}/summarise"
     for path in Path(model).iterdir():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.serving.text_pieces import Pieces
+from pipelines.summarising.text_pieces import Pieces
 
 
 class Words:

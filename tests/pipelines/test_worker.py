@@ -9,11 +9,11 @@ import pytest
 
 import rmt_core
 from pipelines import storage
-from pipelines.serving import planning, summariser
-from pipelines.serving.documents import Style, Summary, Text
-from pipelines.serving.ledger import Ledger
-from pipelines.serving.strategies import Settings
-from pipelines.serving.summariser import BlockWorker, Work
+from pipelines.summarising import planning, worker
+from pipelines.summarising.documents import Style, Summary, Text
+from pipelines.summarising.ledger import Ledger
+from pipelines.summarising.strategies import Settings
+from pipelines.summarising.worker import BlockWorker, Work
 
 
 class Killed(BaseException):
@@ -45,7 +45,7 @@ class Counting:
 @pytest.fixture
 def strategy(monkeypatch: pytest.MonkeyPatch) -> Counting:
     counting = Counting()
-    monkeypatch.setattr(summariser, "open_strategy", lambda settings: (counting, "model"))
+    monkeypatch.setattr(worker, "open_strategy", lambda settings: (counting, "model"))
     return counting
 
 
@@ -58,7 +58,7 @@ def ledger_of(folder: Path, count: int, block_len: int) -> Ledger:
     return ledger
 
 
-def worker(ledger: Ledger, attempt: int = 1) -> BlockWorker:
+def worker_on(ledger: Ledger, attempt: int = 1) -> BlockWorker:
     style = Style(5, rmt_core.Sampling(), 0)
     settings = Settings("m", "memory", "", style, 2, None, "cpu")
     return BlockWorker(settings, Work(ledger.output, "model", "settings", 4, attempt))
@@ -70,7 +70,7 @@ def rows(ledger: Ledger, block: int = 0) -> list[dict[str, Any]]:
 
 def test_a_block_gives_its_rows_in_order(tmp_path: Path, strategy: Counting) -> None:
     ledger = ledger_of(tmp_path, 7, 3)
-    assert [worker(ledger).run(block, committed=False).num_ok for block in range(3)] == [3, 3, 1]
+    assert [worker_on(ledger).run(block, committed=False).num_ok for block in range(3)] == [3, 3, 1]
     found = [row for block in range(3) for row in rows(ledger, block)]
     assert [(row["doc_id"], row["summary"]) for row in found] == [(f"d{n}", str(n + 1)) for n in range(7)]
     assert storage.list_names(storage.join(ledger.output, "states")) == []
@@ -78,9 +78,9 @@ def test_a_block_gives_its_rows_in_order(tmp_path: Path, strategy: Counting) -> 
 
 def test_a_committed_block_is_not_made_again(tmp_path: Path, strategy: Counting) -> None:
     ledger = ledger_of(tmp_path, 3, 3)
-    first = worker(ledger).run(0, committed=False)
+    first = worker_on(ledger).run(0, committed=False)
     strategy.deadly = {"d1"}
-    assert worker(ledger).run(0, committed=False) == first
+    assert worker_on(ledger).run(0, committed=False) == first
 
 
 def test_a_document_that_kills_who_reads_it_ends_as_an_error(tmp_path: Path, strategy: Counting) -> None:
@@ -89,7 +89,7 @@ def test_a_document_that_kills_who_reads_it_ends_as_an_error(tmp_path: Path, str
     deaths = 0
     for _ in range(20):
         try:
-            counts = worker(ledger).run(0, committed=False)
+            counts = worker_on(ledger).run(0, committed=False)
             break
         except Killed:
             deaths += 1
@@ -98,7 +98,7 @@ def test_a_document_that_kills_who_reads_it_ends_as_an_error(tmp_path: Path, str
     assert rows(ledger)[2]["error"] == "whoever read this document alone ended 3 times before it was done"
     assert storage.list_names(storage.join(ledger.output, "states")) == []
     strategy.deadly = set()
-    assert worker(ledger, attempt=2).run(0, committed=True).num_ok == 4
+    assert worker_on(ledger, attempt=2).run(0, committed=True).num_ok == 4
     assert [row["attempt"] for row in rows(ledger)] == [1, 1, 2, 1]
     assert strategy.seen[-1] == ["d2"]
 
@@ -108,12 +108,12 @@ def test_a_long_document_that_is_read_on_each_time_is_no_killer(tmp_path: Path, 
     strategy.deadly, strategy.store = {"d1"}, True
     for _ in range(20):
         with pytest.raises(Killed):
-            worker(ledger).run(0, committed=False)
+            worker_on(ledger).run(0, committed=False)
     strategy.deadly = set()
-    assert worker(ledger).run(0, committed=False).num_ok == 2
+    assert worker_on(ledger).run(0, committed=False).num_ok == 2
 
 
 def test_another_model_than_the_jobs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summariser, "open_strategy", lambda settings: (Counting(), "other"))
+    monkeypatch.setattr(worker, "open_strategy", lambda settings: (Counting(), "other"))
     with pytest.raises(RuntimeError, match="all machines share"):
-        worker(ledger_of(tmp_path, 1, 1))
+        worker_on(ledger_of(tmp_path, 1, 1))

@@ -8,9 +8,9 @@ nothing of a document is left out. Pieces and replies are token ids.
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from pipelines.serving.batch import DocumentError
-from pipelines.serving.instruct import InstructModel, Reply
-from pipelines.serving.text_pieces import Pieces
+from pipelines.summarising.documents import DocumentError
+from pipelines.summarising.instruct import InstructModel, Reply
+from pipelines.summarising.text_pieces import Pieces
 
 INSTRUCTION = "Write a summary of it in one paragraph: who takes part, what happens, and how it ends."
 DEFAULT_PIECE_LEN = 1024

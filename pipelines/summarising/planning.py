@@ -18,8 +18,8 @@ import ray.data
 from pipelines.data import catalogue
 from pipelines.data.catalogue import Entry
 from pipelines.data.inputs import InputFile
-from pipelines.serving.ledger import Ledger
 from pipelines.storage import FileEntry
+from pipelines.summarising.ledger import Ledger
 
 _SMALL_BYTES = 2**26  # inputs that are looked through here, sooner than Ray could begin
 _TABLE_ROWS = 4096

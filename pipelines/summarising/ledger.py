@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.data import catalogue
 from pipelines.data.catalogue import Entry
-from pipelines.serving import rows
-from pipelines.serving.rows import ERROR, SCHEMA
+from pipelines.summarising import rows
+from pipelines.summarising.rows import ERROR, SCHEMA
 
 FORMAT = "rmt-summaries-2"
 JOB, INPUTS, ROUND, RESULT = "job.json", "inputs.json", "round.json", "result.json"

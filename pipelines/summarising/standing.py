@@ -15,9 +15,9 @@ from pipelines.config import InputError
 from pipelines.data import inputs
 from pipelines.data.inputs import InputFile
 from pipelines.data.read import file_sha256
-from pipelines.serving import ledger as ledgers
-from pipelines.serving.ledger import Ledger
 from pipelines.storage import FileEntry
+from pipelines.summarising import ledger as ledgers
+from pipelines.summarising.ledger import Ledger
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from pipelines.data.batch_requests import Answer, result_line
 from pipelines.data.catalogue import Entry
-from pipelines.serving.batch import Summary
+from pipelines.summarising.documents import Summary
 
 OK, ERROR, SKIPPED = "ok", "error", "skipped"
 

@@ -15,9 +15,9 @@ import ray
 import ray.data
 
 from pipelines.config import InputError
-from pipelines.serving.ledger import Counts
-from pipelines.serving.strategies import Settings
-from pipelines.serving.summariser import BlockWorker, Work
+from pipelines.summarising.ledger import Counts
+from pipelines.summarising.strategies import Settings
+from pipelines.summarising.worker import BlockWorker, Work
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pipelines.config import InputError, canonical_json
-from pipelines.serving.documents import DocumentError, Summary, Text, describe, document_seed
-from pipelines.serving.instruct import Ask, InstructModel, Reply
-from pipelines.serving.text_pieces import Pieces
-from pipelines.serving.rereading import DEFAULT_PIECE_LEN, PROGRAMS, Program, Reading, Room, frames, most_new_tokens
+from pipelines.summarising.documents import DocumentError, Summary, Text, describe, document_seed
+from pipelines.summarising.instruct import Ask, InstructModel, Reply
+from pipelines.summarising.rereading import DEFAULT_PIECE_LEN, PROGRAMS, Program, Reading, Room, frames, most_new_tokens
+from pipelines.summarising.text_pieces import Pieces
 
 log = logging.getLogger(__name__)
 

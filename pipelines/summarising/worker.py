@@ -13,10 +13,10 @@ from pipelines.config import fingerprint
 from pipelines.data import catalogue
 from pipelines.data.catalogue import Entry, Reader
 from pipelines.data.read import UnreadableError
-from pipelines.serving import rows
-from pipelines.serving.documents import DocumentError, Summary, Text
-from pipelines.serving.ledger import Counts, Ledger, count
-from pipelines.serving.strategies import Settings, open_strategy, style_of
+from pipelines.summarising import rows
+from pipelines.summarising.documents import DocumentError, Summary, Text
+from pipelines.summarising.ledger import Counts, Ledger, count
+from pipelines.summarising.strategies import Settings, open_strategy, style_of
 
 _TRIES_TOGETHER = 2  # of a block: then each document is read alone, to find one that kills who reads it
 _TRIES_ALONE = 3  # of a document that stays where it was

@@ -18,7 +18,7 @@ from torch import Tensor
 import rmt_core
 from pipelines import storage
 from pipelines.config import InputError
-from pipelines.serving.batch import DocumentError
+from pipelines.summarising.documents import DocumentError
 from rmt_core.generation import sample
 
 _SLOT = "\ue000{}\ue000"  # of the private use area: stands where text will be put

@@ -5,23 +5,18 @@ rolling      an instruct model reads it in pieces, its summary so far before eac
 map_reduce   an instruct model summarises pieces, then summaries, until one is left
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import rmt_core
-from pipelines import storage
 from pipelines.config import InputError
 from pipelines.data.batch_requests import Request
-from pipelines.data.read import UnreadableError
-from pipelines.data.tokenise import LossyTextError, Tokenizer, encode_chunks, load_tokenizer
-from pipelines.serving import instruct
-from pipelines.serving.asking import Asking
-from pipelines.serving.batch import BatchEngine, Document, Writing
-from pipelines.serving.documents import DocumentError, Strategy, Style, Summary, Text
-from pipelines.serving.instruct import InstructModel
-from pipelines.serving.rereading import DEFAULT_PIECE_LEN, INSTRUCTION
+from pipelines.serving.loading import load
+from pipelines.summarising import instruct
+from pipelines.summarising.asking import Asking
+from pipelines.summarising.documents import Strategy, Style
+from pipelines.summarising.instruct import InstructModel
+from pipelines.summarising.memory import MemoryStrategy
+from pipelines.summarising.rereading import DEFAULT_PIECE_LEN, INSTRUCTION
 
 MEMORY = "memory"
 STRATEGIES = (MEMORY, "rolling", "map_reduce")
@@ -49,14 +44,6 @@ class Subject(NamedTuple):
     tokenizer: str
     prompt: str  # the strategy's own where none was given
     segment_len: int | None
-
-
-class Loaded(NamedTuple):
-    """A model with memory and its tokenizer."""
-
-    model: rmt_core.RecurrentModel
-    tokenizer: Tokenizer
-    fingerprint: str
 
 
 def look_at(settings: Settings, prompt: str | None) -> Subject:
@@ -93,7 +80,7 @@ def open_strategy(settings: Settings) -> tuple[Strategy, str]:
     """The strategy, ready to read, and its model's fingerprint."""
     if settings.strategy == MEMORY:
         loaded = load(settings.model, settings.device)
-        return MemoryStrategy(loaded, settings), loaded.fingerprint
+        return MemoryStrategy(loaded, settings.prompt, settings.batch_size), loaded.fingerprint
     model = InstructModel(settings.model, settings.device)
     asking = Asking(model, settings.strategy, settings.prompt, settings.segment_len, settings.batch_size)
     return asking, model.fingerprints.model
@@ -116,56 +103,6 @@ def style_of(style: Style, request: Request | None) -> Style:
 def default_every(strategy: str) -> int:
     """Segments between stored states."""
     return _EVERY.get(strategy, _EVERY_PIECE)
-
-
-# --- memory -----------------------------------------------------------------------------------------
-
-
-def load(uri: str, device: str = "cpu") -> Loaded:
-    """The model in a directory on disk or S3, with its tokenizer; InputError where they are not there or do not fit."""
-    with storage.local_directory(uri) as directory:
-        try:
-            model = rmt_core.load(directory, device)
-        except Exception as error:  # a damaged file raises whatever its library likes
-            raise InputError(f"model {uri} cannot be loaded: {error}") from error
-        try:
-            tokenizer = load_tokenizer(str(directory))
-        except InputError as error:
-            raise InputError(f"model {uri} needs its tokenizer beside it: {error}") from error
-    vocab_size = model.backbone.lm.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"model {uri} has {vocab_size} token embeddings, its tokenizer {tokenizer.vocab_size} tokens; save the "
-            "model with the tokenizer that it was trained with"
-        )
-    return Loaded(model, tokenizer, rmt_core.fingerprint(model))
-
-
-class MemoryStrategy:
-    """The batch engine over texts."""
-
-    def __init__(self, loaded: Loaded, settings: Settings) -> None:
-        self.num_rows = settings.batch_size
-        self._tokenizer = loaded.tokenizer
-        self._prompt = loaded.tokenizer.encode(settings.prompt).tolist()
-        self._engine = BatchEngine(loaded.model, loaded.tokenizer, self._writing(settings.style), settings.batch_size)
-
-    def summarise(self, documents: Iterable[Text]) -> Iterator[Summary]:
-        """One summary a document, in the documents' order."""
-        return self._engine.summarise(
-            Document(text.doc_id, _tokens(self._tokenizer, text.chunks), self._writing(text.style), text.keeper)
-            for text in documents
-        )
-
-    def _writing(self, style: Style) -> Writing:
-        return Writing(self._prompt, style.max_new_tokens, style.sampling, style.seed)
-
-
-def _tokens(tokenizer: Tokenizer, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-    try:
-        yield from encode_chunks(tokenizer, chunks)
-    except (UnreadableError, LossyTextError) as error:
-        raise DocumentError(str(error)) from error
 
 
 def describe_style(style: Style) -> dict[str, Any]:
