@@ -42,6 +42,19 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "advance_below": 0.1,
         },
     },
+    # Teaches a pretrained model with memory to summarise: give it --model.backbone, and as --data a store of texts that
+    # end with their summaries (`summary_quality.py --training-texts`, then prepare). The summary stands in the last
+    # segments, so windows grow until they hold whole documents, and replay takes its gradient back to the first
+    # segment in the memory of one. Adapters take a higher learning rate than weights would.
+    "summaries": {
+        "batch_size": 4,
+        "model": {"memory": {"kind": "rmt", "num_tokens": 16}, "train": "lora"},
+        "optimizer": {"learning_rate": 5e-4, "warmup_steps": 20},
+        "curriculum": {"num_segments": [1, 2, 4, 8, 16], "steps": [50, 100, 200, 200, 400], "vary": False},
+        "gradient": {"mode": "replay"},
+        "dataset": {"task_fraction": 0.0, "piece_segments": None},
+        "report": {"log_every": 5, "checkpoint_every": 50},
+    },
 }
 
 

@@ -2,10 +2,12 @@
 
     python pipelines/summary_quality.py --model smollm2/ --pairs squality.jsonl --output runs/quality
     python pipelines/summary_quality.py --pairs squality.jsonl --output runs/quality --summaries memory=runs/summaries
+    python pipelines/summary_quality.py --pairs squality.jsonl --output runs/pairs --training-texts
 
 Pairs are lines of JSON: `id`, `text` and `references` (a list); SQuALITY's and QMSum's own lines are understood too (of
 SQuALITY the first question, which asks for the plot; of QMSum the general query). Runs `summarise` with each strategy,
-which goes on where it was stopped, then writes `results.md` and `results.json`.
+which goes on where it was stopped, then writes `results.md` and `results.json`. With `--training-texts` it writes
+`texts.jsonl` instead, for prepare: each document, the prompt of the strategy `memory`, and a reference.
 """
 
 import sys
@@ -27,13 +29,14 @@ import pydantic
 from pipelines import storage
 from pipelines.config import Config, Count, InputError, run_job
 from pipelines.extras import require_extra
+from pipelines.summarising.strategies import PROMPT
 from pipelines.tasks import rouge
 from pipelines.tasks.rouge import LEAD, MEASURES, RANDOM, Pair
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.summary_quality")
 
 _DRAWS = 20  # of random sentences, whose scores are averaged
-_PAIRS, _RESULTS, _TABLE = "documents.jsonl", "results.json", "results.md"
+_PAIRS, _RESULTS, _TABLE, _TEXTS = "documents.jsonl", "results.json", "results.md", "texts.jsonl"
 _TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 
@@ -51,6 +54,7 @@ class QualityConfig(Config):
     batch_size: int = pydantic.Field(8, ge=1, description="documents or pieces side by side")
     block_size: int = pydantic.Field(2, ge=1, description="documents that are done again after a kill")
     device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where the model is: cpu or cuda")
+    training_texts: bool = pydantic.Field(False, description="write texts to train on, and nothing else")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: QualityConfig) -> dict[str, Any]:
     """Makes the summaries and scores them; headline numbers. InputError."""
-    require_extra("rouge", job="summary_quality")
     output = storage.absolute(config.output)
     pairs = [pair for file in config.pairs for pair in read_pairs(file)][: config.limit]
-    if len(pairs) < 2:
-        raise InputError(f"{', '.join(config.pairs)} holds {len(pairs)} documents; intervals need at least 2")
     if len({pair.doc_id for pair in pairs}) < len(pairs):
         raise InputError(f"{', '.join(config.pairs)}: ids are not unique")
+    if config.training_texts:
+        return _write_texts(pairs, storage.join(output, _TEXTS))
+    require_extra("rouge", job="summary_quality")
+    if len(pairs) < 2:
+        raise InputError(f"{', '.join(config.pairs)} holds {len(pairs)} documents; intervals need at least 2")
     places = {name: place for name, _, place in (given.partition("=") for given in config.summaries)}
     if "" in places.values():
         raise InputError(f"--summaries {' '.join(config.summaries)}: needs name=directory")
@@ -119,6 +125,17 @@ def _pair(value: dict[str, Any], default_id: str) -> Pair:
 
 def _text(reference: Any) -> str:
     return reference if isinstance(reference, str) else reference["response_text"]
+
+
+def _write_texts(pairs: Sequence[Pair], target: str) -> dict[str, Any]:
+    """A text for every reference, such as the strategy `memory` is to read and write."""
+    texts = [
+        {"id": f"{pair.doc_id}/{n}", "text": f"{pair.text}{PROMPT}{reference}"}
+        for pair in pairs
+        for n, reference in enumerate(pair.references)
+    ]
+    storage.write_bytes(target, "".join(json.dumps(text) + "\n" for text in texts).encode())
+    return {"output": target, "num_documents": len(pairs), "num_texts": len(texts)}
 
 
 # --- summaries --------------------------------------------------------------------------------------

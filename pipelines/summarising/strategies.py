@@ -20,7 +20,7 @@ from pipelines.summarising.rereading import DEFAULT_PIECE_LEN, INSTRUCTION
 
 MEMORY = "memory"
 STRATEGIES = (MEMORY, "rolling", "map_reduce")
-_PROMPT = "\n\nSummary: "
+PROMPT = "\n\nSummary: "  # of the strategy `memory`
 _EVERY = {MEMORY: 128}  # segments between stored states: about a minute's worth of a small model
 _EVERY_PIECE = 1  # of the others, whose pieces take seconds
 
@@ -51,7 +51,7 @@ def look_at(settings: Settings, prompt: str | None) -> Subject:
     _check_kind(settings)
     if settings.strategy == MEMORY:
         loaded = load(settings.model)
-        own = prompt if prompt is not None else _PROMPT
+        own = prompt if prompt is not None else PROMPT
         return Subject(loaded.fingerprint, loaded.tokenizer.fingerprint, own, None)
     own = prompt if prompt is not None else INSTRUCTION
     model = InstructModel(settings.model)

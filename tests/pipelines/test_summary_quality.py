@@ -88,3 +88,18 @@ def test_a_table_is_written_from_finished_summaries(tmp_path: Path, capfd: pytes
     assert result["systems"]["mine"]["num_summaries"] == 2
     for wrong in ("mine", "mine=", f"mine={tmp_path}"):
         assert summary_quality.main([*given, "--summaries", wrong]) == 2
+
+
+def test_texts_to_train_on_are_documents_with_prompt_and_reference(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pair = {"id": "s", "text": TEXT, "references": ["one", "two"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    given = ["--pairs", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out"), "--training-texts"]
+    assert summary_quality.main(given) == 0
+    assert json.loads(capfd.readouterr().out)["num_texts"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "texts.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"id": "s/0", "text": f"{TEXT}\n\nSummary: one"},
+        {"id": "s/1", "text": f"{TEXT}\n\nSummary: two"},
+    ]
