@@ -261,7 +261,9 @@ class Engine:
     def _batch(self, shape: Shape, readers: Sequence[Reader]) -> tuple[Tensor, State]:
         """The readers' next tokens (R, n) and states, R rows."""
         rows = [reader.next_tokens() for reader in readers]
-        tokens = torch.tensor([[*row, *[0] * (shape.num_tokens - len(row))] for row in rows], device=self.device)
+        # Padded with a row's own token: another's values, were they not finite, would reach the row as 0 x NaN.
+        padded = [[*row, *row[-1:] * (shape.num_tokens - len(row))] for row in rows]
+        tokens = torch.tensor(padded, device=self.device)
         return tokens, states.stack([reader.state for reader in readers])
 
     def _is_finite(self, reader: Reader, hidden: Tensor) -> bool:
