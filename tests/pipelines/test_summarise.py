@@ -431,7 +431,7 @@ def test_called_it_gives_the_summaries_of_texts(model: str) -> None:
 def test_a_plan_takes_no_more_memory_for_more_documents(tmp_path: Path) -> None:
     """Of this process, by Python's own count; the fixed part is a table of entries."""
     peaks = []
-    for count in (10_000, 30_000):
+    for count in (5_000, 15_000):
         lines = write_lines(tmp_path / f"{count}.jsonl", [{"text": "x" * 400, "id": str(n)} for n in range(count)])
         files = storage.expand([str(lines)], (".jsonl",))
         ledger = Ledger(str(tmp_path / str(count)))
