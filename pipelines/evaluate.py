@@ -34,19 +34,12 @@ from pipelines.config import Config, Count, InputError, canonical_json, run_job,
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import Figure, Material
 from pipelines.tasks.held_out import open_held_out
-from pipelines.tasks.report import Subject, short_length
+from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject, short_length
 from pipelines.tasks.running import Run, load, measure
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evaluate")
 
-FORMAT = "rmt-evaluation-1"
-METRICS, TABLE, PLOT, CONFIG, PARTIAL = (
-    "metrics.jsonl",
-    "results.md",
-    "results.png",
-    "config.json",
-    "config.partial.json",
-)
+TABLE, PLOT, PARTIAL = "results.md", "results.png", "config.partial.json"
 _OWN_NAME = re.compile(
     r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json|run-[a-z0-9_]+-\d+-\d+\.json)"
     r"(\.[0-9a-f]{8}\.tmp)?"

@@ -42,6 +42,7 @@ FROZEN = {
     "prepare": {"output", "num_documents", "num_segments", "num_tokens", "num_errors"},
     "train": {"output", "checkpoint", "num_steps", "loss"},
     "evaluate": {"output", "metrics"},
+    "compare": {"output", "table", "plot"},
     "summarise": {"output", "num_ok", "num_error"},
     "benchmark": {"benchmark", "kept"},
     "serve": {"model", "url"},

@@ -19,13 +19,16 @@ from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, wilson_interva
 
 Line = Mapping[str, Any]
 
+FORMAT = "rmt-evaluation-1"  # of an evaluation's directory, as its configuration says
+METRICS, CONFIG = "metrics.jsonl", "config.json"  # of its files
+
 UNITS = {"loss": "nats per token", "loss_by_segment": "nats per token"}
 ABOUT = {
     "true": "the state carried from segment to segment",
     "zeroed": "zeros instead of it before every segment",
     "shuffled": "the state of the neighbouring row, which has read as much of another text",
 }
-_STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-blind readers tell apart
+STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-blind readers tell apart
     "true": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "zeroed": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
@@ -88,10 +91,10 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
         f"Held-out text: {subject.held_out}. Seed {subject.seed}.",
         "\n".join(f"- **{memory}** memory: {ABOUT[memory]}" for memory in MEMORIES),
     ]
-    for task in _distinct(lines, "task"):
+    for task in distinct(lines, "task"):
         mine = [line for line in lines if line["task"] == task]
         parts.append(f"## {task}")
-        for metric in _distinct(mine, "metric"):
+        for metric in distinct(mine, "metric"):
             chosen = [line for line in mine if line["metric"] == metric]
             curves = any("segment" in line for line in chosen)
             table = _depth_table if metric == AT_DEPTH else _table
@@ -105,35 +108,34 @@ def _table(metric: str, lines: Sequence[Line]) -> str:
     extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
     rows = []
     columns: Sequence[str | None] = MEMORIES if any("memory" in line for line in lines) else [None]
-    for length in _distinct(lines, "length"):
+    for length in distinct(lines, "length"):
         found = {line.get("memory"): line for line in lines if line["length"] == length}
         first = next(iter(found.values()))
         mark = "*" if first.get("needs_memory") is False else ""
         beside = [_number(first.get(name)) for name in extra]
-        rows.append([f"{length:,}{mark}", *beside, *(_cell(found.get(memory)) for memory in columns)])
+        rows.append([f"{length:,}{mark}", *beside, *(cell(found.get(memory)) for memory in columns)])
     heads = [
         "tokens",
         *("samples" if name == "num_samples" else name for name in extra),
         *(memory or "value" for memory in columns),
     ]
-    return _titled(metric, heads, rows)
+    return titled(metric, heads, rows)
 
 
 def _depth_table(metric: str, lines: Sequence[Line]) -> str:
     """A row a length, a column a depth, of the true memory."""
-    depths = sorted(_distinct(lines, "depth"))
+    depths = sorted(distinct(lines, "depth"))
     mine = {(line["length"], line["depth"]): line for line in lines if line["memory"] == TRUE}
     rows = [
-        [f"{length:,}", *(_cell(mine.get((length, depth))) for depth in depths)]
-        for length in _distinct(lines, "length")
+        [f"{length:,}", *(cell(mine.get((length, depth))) for depth in depths)] for length in distinct(lines, "length")
     ]
-    return _titled(f"{metric}, true memory", ["tokens", *(f"depth {depth:g}" for depth in depths)], rows)
+    return titled(f"{metric}, true memory", ["tokens", *(f"depth {depth:g}" for depth in depths)], rows)
 
 
 def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
     """For each length the means over segments 0, 1, 2-3, 4-7, ... by memory."""
     tables = []
-    for length in _distinct(lines, "length"):
+    for length in distinct(lines, "length"):
         curves = {memory: _curve(lines, length, memory) for memory in MEMORIES}
         size = max(len(curve) for curve in curves.values())
         starts = [0, *(2**i for i in range(size.bit_length()) if 2**i < size)]
@@ -141,11 +143,12 @@ def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
         for start, end in zip(starts, [*starts[1:], size], strict=True):
             means = [_number(_mean(curve[start:end]) if curve else None) for curve in curves.values()]
             rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *means])
-        tables.append(_titled(f"{metric} at {length:,} tokens", ["segment", *MEMORIES], rows, UNITS.get(metric)))
+        tables.append(titled(f"{metric} at {length:,} tokens", ["segment", *MEMORIES], rows, UNITS.get(metric)))
     return tables
 
 
-def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], unit: str | None = None) -> str:
+def titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], unit: str | None = None) -> str:
+    """A table under its title."""
     unit = unit or UNITS.get(title)
     table = [heads, ["---:"] * len(heads), *rows]
     written = "\n".join(f"| {' | '.join(row)} |" for row in table)
@@ -166,13 +169,14 @@ def _notes(lines: Sequence[Line]) -> list[str]:
     if any(line["metric"] == ORACLE for line in lines):
         notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
     told = [line for line in lines if "memory" in line]
-    measured = [{line["memory"] for line in told if line["length"] == length} for length in _distinct(lines, "length")]
+    measured = [{line["memory"] for line in told if line["length"] == length} for length in distinct(lines, "length")]
     if any(memories != set(MEMORIES) for memories in measured):
         notes.append("A dash: a single row has no neighbour to be shuffled with.")
     return notes
 
 
-def _cell(line: Line | None) -> str:
+def cell(line: Line | None) -> str:
+    """A figure with its interval, if it has one."""
     if line is None:
         return "-"
     value = "nan" if line["value"] is None else _number(line["value"])
@@ -185,7 +189,8 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _distinct(lines: Iterable[Line], name: str) -> list[Any]:
+def distinct(lines: Iterable[Line], name: str) -> list[Any]:
+    """The values of a field, in the order of the lines."""
     return list(dict.fromkeys(line[name] for line in lines))
 
 
@@ -236,12 +241,12 @@ def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
 
 def _by_task(lines: Sequence[Line], metric: str) -> dict[str, list[Line]]:
     chosen = [line for line in lines if line["metric"] == metric]
-    return {task: [line for line in chosen if line["task"] == task] for task in _distinct(chosen, "task")}
+    return {task: [line for line in chosen if line["task"] == task] for task in distinct(chosen, "task")}
 
 
 def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
     """A heat map with the numbers in it; light is right, also in grey."""
-    lengths, depths = sorted(_distinct(lines, "length")), sorted(_distinct(lines, "depth"))
+    lengths, depths = sorted(distinct(lines, "length")), sorted(distinct(lines, "depth"))
     table = np.full((len(depths), len(lengths)), np.nan)
     for line in lines:
         if line["memory"] == TRUE:
@@ -258,7 +263,7 @@ def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
 
 
 def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
-    length = max(_distinct(lines, "length"))
+    length = max(distinct(lines, "length"))
     each = 1
     for memory in MEMORIES:
         curve = _curve(lines, length, memory)
@@ -268,7 +273,7 @@ def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
         starts = range(0, len(curve), each)
         x = [start + (len(curve[start : start + each]) - 1) / 2 for start in starts]
         y = [_mean(curve[start : start + each]) for start in starts]
-        panel.plot(x, y, label=memory, markersize=4 if len(x) <= 32 else 0, **_STYLES[memory])
+        panel.plot(x, y, label=memory, markersize=4 if len(x) <= 32 else 0, **STYLES[memory])
     averaged = f", means of {each}" if each > 1 else ""
     panel.set_xlabel(f"segment index (segments of {subject.segment_len:,} tokens{averaged})")
     panel.set_ylabel("loss (nats per token)")
@@ -278,7 +283,7 @@ def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
 
 
 def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line]) -> None:
-    lengths = sorted(_distinct(lines, "length"))
+    lengths = sorted(distinct(lines, "length"))
     for shift, memory in zip((1.0, 0.97, 1.03), MEMORIES, strict=True):  # apart, so that intervals can be read
         chosen = sorted((line for line in lines if line["memory"] == memory), key=lambda line: line["length"])
         if not chosen:
@@ -287,16 +292,21 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line]) -> None:
         y = [line["value"] for line in chosen]
         below = [line["value"] - line["low"] for line in chosen]
         above = [line["high"] - line["value"] for line in chosen]
-        panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, markersize=5, **_STYLES[memory])
+        panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, markersize=5, **STYLES[memory])
     panel.axhline(lines[0]["chance"], color="grey", linestyle=":", label=f"chance ({lines[0]['chance']:.3g})")
+    length_axis(panel, lengths)
+    panel.set_ylim(-0.03, 1.03)
+    panel.set_ylabel("accuracy (95 % interval)")
+    panel.set_title(f"{task}: {lines[0]['num_samples']} samples a length", fontsize=10)
+    panel.grid(alpha=0.3)
+    panel.legend(title="memory")
+
+
+def length_axis(panel: Axes, lengths: Sequence[int]) -> None:
+    """A logarithmic axis with the lengths, in order, marked."""
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_locator(FixedLocator(lengths))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xticklabels([short_length(length) for length in lengths])
     panel.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
-    panel.set_ylim(-0.03, 1.03)
     panel.set_xlabel("text length (tokens)")
-    panel.set_ylabel("accuracy (95 % interval)")
-    panel.set_title(f"{task}: {lines[0]['num_samples']} samples a length", fontsize=10)
-    panel.grid(alpha=0.3)
-    panel.legend(title="memory")
