@@ -20,7 +20,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 CORE_MAY_IMPORT = {"torch", "transformers", "safetensors", "rmt_core"} | sys.stdlib_module_names
-JOBS = {"benchmark", "demo", "evaluate", "prepare", "serve", "summarise", "summary_quality", "train"}
+JOBS = {
+    "benchmark",
+    "compare",
+    "demo",
+    "evaluate",
+    "harness",
+    "prepare",
+    "serve",
+    "summarise",
+    "summary_quality",
+    "train",
+}
 JOB_MAY_IMPORT = {
     "benchmarks",
     "cluster",
