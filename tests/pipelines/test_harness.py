@@ -22,7 +22,9 @@ needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: pip install lm-eval"
 )
 
-LONG = "It was a dark and stormy night. " * 20  # far beyond the model's segment, and its backbone's positions
+LONG = (
+    "It was a dark and stormy night, " * 20 + "again."
+)  # far beyond the model's segment, and its backbone's positions
 
 TASK = """
 task: {name}
@@ -95,6 +97,7 @@ def test_requests_are_answered_in_one_stream_as_each_alone(model: RecurrentModel
 
 
 @needs_harness
+@pytest.mark.long
 def test_tasks_in_files_run_offline(model: RecurrentModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"question": f"{LONG}Is it {i}?", "answer": i % 3} for i in range(4)]
     (tmp_path / "tasks").mkdir()
@@ -135,6 +138,7 @@ def test_tasks_in_files_run_offline(model: RecurrentModel, tmp_path: Path, capsy
 
 
 @needs_harness
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "says"),
     [(["--tasks", "no_such_task_at_all"], "no such task"), (["--include-path", "nowhere"], "no such folder")],
