@@ -41,7 +41,7 @@ from pipelines.summarising.documents import DocumentError, Style, Text
 from pipelines.summarising.ledger import Counts, Ledger
 from pipelines.summarising.planning import Wishes, make_plan
 from pipelines.summarising.standing import Todo, job_there, whats_left
-from pipelines.summarising.strategies import MEMORY, Settings
+from pipelines.summarising.strategies import Settings, default_every
 from pipelines.summarising.worker import Work
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.summarise")
@@ -55,8 +55,9 @@ class SummariseConfig(Config):
         min_length=1, description="files, directories or globs (.txt .txt.gz .jsonl .parquet), on disk or s3://"
     )
     output: str = pydantic.Field(description="directory of the summaries, on disk or s3://")
-    strategy: Literal["memory", "rolling", "map_reduce"] = pydantic.Field(
-        "memory", description="memory: of a model with memory; rolling, map_reduce: of any instruct model"
+    strategy: Literal["memory", "rolling", "map_reduce"] | None = pydantic.Field(
+        None,
+        description="memory: of a model with memory, its default; rolling (default), map_reduce: of any instruct model",
     )
     prompt: str | None = pydantic.Field(
         None, description="text read after a document, before the summary (none: the strategy's own)"
@@ -138,7 +139,9 @@ def summarise(config: SummariseConfig) -> dict[str, Any]:
             if job is None:
                 job = _plan(config, ledger, files, decisive)
             todo = whats_left(ledger, job, config.shard_numbers(), retry=config.retry_failed)
-            made = run_blocks(settings, _work(config, ledger, job, todo), _crew(config, job, todo))
+            every = config.state_every if config.state_every is not None else default_every(settings.strategy)
+            work = Work(output, job["decisive"]["model"], job["config_fingerprint"], every, todo.round + 1)
+            made = run_blocks(settings, work, _crew(config, job, todo))
     result = _finish(ledger, job, todo, made, time.monotonic() - begun)
     return _shown(output, result, strict=config.strict)
 
@@ -171,9 +174,10 @@ def status(config: StatusConfig) -> dict[str, Any]:
 
 def _settings(config: SummariseConfig) -> tuple[Settings, dict[str, Any]]:
     """What workers need to know, and all that decides what is written about a document."""
+    model = storage.absolute(config.model)
     wanted = Settings(
-        model=storage.absolute(config.model),
-        strategy=config.strategy,
+        model=model,
+        strategy=config.strategy or strategies.default_strategy(model),
         prompt=config.prompt or "",
         style=config.style(),
         batch_size=config.batch_size,
@@ -183,7 +187,7 @@ def _settings(config: SummariseConfig) -> tuple[Settings, dict[str, Any]]:
     subject = strategies.look_at(wanted, config.prompt)
     decisive = {
         "format": ledgers.FORMAT,
-        "strategy": config.strategy,
+        "strategy": wanted.strategy,
         "model": subject.model,
         "tokenizer": subject.tokenizer,
         "prompt": subject.prompt,
@@ -214,11 +218,6 @@ def _plan(
     ledger.write(ledgers.INPUTS, [file._asdict() for file in plan.files])
     ledger.write(ledgers.JOB, job)
     return job
-
-
-def _work(config: SummariseConfig, ledger: Ledger, job: dict[str, Any], todo: Todo) -> Work:
-    every = config.state_every if config.state_every is not None else strategies.default_every(config.strategy)
-    return Work(ledger.output, job["decisive"]["model"], job["config_fingerprint"], every, todo.round + 1)
 
 
 def _crew(config: SummariseConfig, job: dict[str, Any], todo: Todo) -> Crew:
@@ -281,31 +280,32 @@ class Summariser:
         self,
         model: str,
         *,
-        strategy: str = MEMORY,
+        strategy: str | None = None,
         prompt: str | None = None,
         max_new_tokens: int = 128,
         batch_size: int = 8,
     ) -> None:
-        """`strategy` is one of `strategies.STRATEGIES`. InputError where the model cannot serve it."""
+        """`strategy` is one of `strategies.STRATEGIES`, None the model's default. InputError where they do not fit."""
+        uri = storage.absolute(model)
+        strategy = strategy or strategies.default_strategy(uri)
         if strategy not in strategies.STRATEGIES:
             raise InputError(f"strategy is {strategy!r}; allowed: {', '.join(strategies.STRATEGIES)}")
         self._style = Style(max_new_tokens, rmt_core.Sampling(), 0)
-        settings = Settings(storage.absolute(model), strategy, "", self._style, batch_size, None, "cpu")
+        settings = Settings(uri, strategy, "", self._style, batch_size, None, "cpu")
         subject = strategies.look_at(settings, prompt)
         self._strategy, _ = strategies.open_strategy(
             settings._replace(prompt=subject.prompt, segment_len=subject.segment_len)
         )
 
-    def __call__(self, texts: str | Sequence[str]) -> list[dict[str, Any]]:
-        """One dictionary a text: `summary_text`, `num_tokens` and `num_segments` read. DocumentError names a text."""
+    def __call__(self, texts: str | Sequence[str]) -> list[dict[str, str]]:
+        """One dictionary a text, with its `summary_text`. DocumentError names a text that cannot be summarised."""
         given = [texts] if isinstance(texts, str) else list(texts)
         documents = (Text(str(n), [text.encode()], self._style) for n, text in enumerate(given))
         found = []
         for summary in self._strategy.summarise(documents):
             if summary.error:
                 raise DocumentError(f"text {summary.doc_id}: {summary.error}")
-            counts = {"num_tokens": summary.num_tokens, "num_segments": summary.num_segments}
-            found.append({"summary_text": summary.text, **counts})
+            found.append({"summary_text": summary.text})
         return found
 
 

@@ -60,6 +60,11 @@ def look_at(settings: Settings, prompt: str | None) -> Subject:
     return Subject(*model.fingerprints, own, settings.segment_len or DEFAULT_PIECE_LEN)
 
 
+def default_strategy(model: str) -> str:
+    """Of a model's directory: `memory` where it has one, else `rolling`. InputError where it holds no model."""
+    return "rolling" if instruct.is_plain(model) else MEMORY
+
+
 def _check_kind(settings: Settings) -> None:
     plain = instruct.is_plain(settings.model)
     if settings.strategy == MEMORY and plain:
