@@ -6,6 +6,8 @@ the end. The private one is guarded by a token that lives in this process only: 
 `~/.ray/auth_token` and nothing stays in the environment, so later processes are not affected. What its
 workers print goes to Ray's log files, and with RMT_SHOW_WORKERS=1 also to stderr (on a cluster it does, but
 with RMT_SHOW_WORKERS=0); a worker's exception reaches the caller in either case.
+
+A cluster may have pools: nodes labelled `rmt/pool`, which of them there are said by RMT_POOLS (`clusters/README.md`).
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.data
@@ -29,6 +31,8 @@ from pipelines.config import InputError
 _ROOT = Path(__file__).resolve().parents[1]
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entry point of a submitted job
 _SHOW_WORKERS = "RMT_SHOW_WORKERS"  # 1 or 0: whether what the workers print appears here too
+_POOLS = "RMT_POOLS"  # pools of the cluster, with commas: train,data
+_POOL_LABEL = "rmt/pool"
 _ANSWER_S = 5.0  # how long a cluster may take to accept a connection
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -43,8 +47,8 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 
     Raises InputError when the cluster named by RAY_ADDRESS does not answer or refuses our token.
     """
-    _configure_data()
     if ray.is_initialized():
+        _configure_data()
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -56,6 +60,7 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
             _join(address, _runtime_env(for_cluster=True))
         else:
             stack.enter_context(_private_token())
+            stack.enter_context(_no_pools())
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -65,6 +70,7 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
                 log_to_driver=_shows_workers(default=False),
                 runtime_env=_runtime_env(for_cluster=False),
             )
+        _configure_data()
         try:
             yield
         finally:
@@ -98,11 +104,31 @@ def has_cluster() -> bool:
     )
 
 
+def pool(name: Literal["train", "data"]) -> dict[str, str]:
+    """The label selector for the nodes of a pool; empty, so any node, where the cluster has no such pool."""
+    there = [each.strip() for each in os.environ.get(_POOLS, "").split(",")]
+    return {_POOL_LABEL: name} if name in there else {}
+
+
+@contextlib.contextmanager
+def _no_pools() -> Iterator[None]:
+    """A private Ray has none, whatever the environment says; nor have the processes that join it."""
+    before = os.environ.get(_POOLS)
+    os.environ[_POOLS] = ""
+    try:
+        yield
+    finally:
+        del os.environ[_POOLS]
+        if before is not None:
+            os.environ[_POOLS] = before
+
+
 def _runtime_env(*, for_cluster: bool) -> dict[str, Any]:
     """What workers need to import this project: its path here, or its packages sent to the cluster."""
     if for_cluster:
         packages = [str(_ROOT / name) for name in ("rmt_core", "pipelines") if (_ROOT / name).is_dir()]
-        return {"py_modules": packages, "env_vars": dict(_WORKER_ENVIRONMENT)}
+        pools = {_POOLS: os.environ[_POOLS]} if _POOLS in os.environ else {}
+        return {"py_modules": packages, "env_vars": {**_WORKER_ENVIRONMENT, **pools}}
     inherited = os.environ.get("PYTHONPATH")
     path = f"{_ROOT}{os.pathsep}{inherited}" if inherited else str(_ROOT)
     return {"env_vars": {**_WORKER_ENVIRONMENT, "PYTHONPATH": path}}
@@ -176,9 +202,13 @@ def _private_token() -> Iterator[None]:
 
 
 def _configure_data() -> None:
-    """Progress bars only on a terminal, remarks only on errors; one long document or training step is no stall."""
+    """Progress bars only on a terminal, remarks only on errors; one long document or training step is no stall.
+
+    Ray Data works in the pool for data, where an operator does not say otherwise.
+    """
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = -1
+    context.execution_options.label_selector = pool("data") or None
     if not sys.stderr.isatty():
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False

@@ -24,6 +24,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
+from pipelines.stores.faults import RefusedError, StorageError
+
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
@@ -328,12 +330,13 @@ def run_job(
         print(canonical_json(result), flush=True)
         return code
     except InputError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _told(error, prog, 2)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except Exception:  # the border: everything else becomes a traceback and exit code 1
+    except Exception as error:  # the border: everything else becomes a traceback and exit code 1
+        if (fault := _storage_fault(error)) is not None:
+            return _told(fault, prog, 2 if isinstance(fault, RefusedError) else 1)
         traceback.print_exc()
         return 1
 
@@ -341,6 +344,25 @@ def run_job(
 def _shown(config: ConfigT, plan: Callable[[ConfigT], dict[str, Any]] | None) -> tuple[dict[str, Any], int]:
     planned = {} if plan is None else {"plan": plan(config)}
     return config.model_dump(mode="json") | planned, 0
+
+
+def _told(error: BaseException, prog: str, code: int) -> int:
+    """The exit code, after one line on stderr."""
+    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _storage_fault(error: BaseException) -> StorageError | None:
+    """The store's fault that an exception is, or that a worker's exception came from (Ray names it `cause`)."""
+    seen: BaseException | None = error
+    for _ in range(8):
+        if seen is None:
+            return None
+        cause = getattr(seen, "cause", None)
+        if isinstance(seen, StorageError) and not isinstance(cause, StorageError):
+            return seen
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    return None
 
 
 def _result(job: Callable[[ConfigT], dict[str, Any]], config: ConfigT, prog: str) -> tuple[dict[str, Any], int]:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import rmt_core
 from pipelines import storage
-from pipelines.cluster import connect, has_cluster
+from pipelines.cluster import connect, has_cluster, pool
 from pipelines.config import InputError, build, run_job
 from pipelines.data.tokenise import load_tokenizer
 from pipelines.extras import require_extra
@@ -228,7 +228,7 @@ def _progress(output: str) -> checkpoints.Progress:
 
 
 def _fit(config: TrainConfig) -> dict[str, Any]:
-    """Ray Train over the workers; the last metrics. Ctrl-C asks the workers to checkpoint and stop."""
+    """Ray Train over the workers; the last metrics. Ctrl-C and SIGTERM ask the workers to checkpoint and stop."""
     monitor = ray.remote(num_cpus=0)(Monitor).remote()
     failure: list[BaseException] = []
 
@@ -238,7 +238,7 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
         except BaseException as error:  # carried over to the main thread
             failure.append(_cause(error))
 
-    thread = threading.Thread(target=fit, daemon=True)  # not the main thread: that one keeps Ctrl-C
+    thread = threading.Thread(target=fit, daemon=True)  # not the main thread: that one keeps the signals
     thread.start()
     interrupted = _watch(thread, monitor, config)
     if failure:
@@ -292,6 +292,7 @@ def _trainer(config: TrainConfig, monitor: Any) -> TorchTrainer:
             elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.use_gpu,
             resources_per_worker=_resources(config),
+            label_selector=pool("train") or None,
         ),
         run_config=ray.train.RunConfig(
             name=os.path.basename(path),
@@ -349,7 +350,7 @@ def train_worker_entry(arguments: dict[str, Any]) -> None:
 
 
 def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
-    """Shows progress until the run ends; whether it was asked to stop by Ctrl-C."""
+    """Shows progress until the run ends; whether it was asked to stop by Ctrl-C or SIGTERM."""
     asked = threading.Event()
 
     def on_interrupt(signum: int, frame: Any) -> None:
@@ -359,7 +360,8 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
         log.info("stopping soon, with a checkpoint; Ctrl-C again stops at once")
         monitor.stop.remote()
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    signals = (signal.SIGINT, signal.SIGTERM)  # SIGTERM: `ray job stop`, and most that end processes
+    before = [signal.signal(each, on_interrupt) for each in signals]
     bar = tqdm(total=config.num_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
     try:
         shown, num_starts = time.monotonic(), 0
@@ -378,7 +380,8 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
                 log.info(_line(metrics, config.num_steps))
     finally:
         bar.close()
-        signal.signal(signal.SIGINT, before)
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
     return asked.is_set()
 
 

@@ -7,24 +7,18 @@ What is changed to make them cheap, and only that:
   segments, the benchmark `--quick`;
 * `serve`, which would not end, gets `--dry-run`;
 * `make` runs with -n, `pip install` is checked against pyproject.toml, `source .venv/bin/activate` is taken as done;
-* buckets, addresses and ports are those of an S3 server and a Ray cluster that the test starts; jobs that would start
-  a Ray of their own join that cluster.
+* buckets, addresses, ports and tokens are those of an S3 server and a Ray cluster that the test starts; jobs that would
+  start a Ray of their own join that cluster.
 """
 
-import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 import tomllib
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +27,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipelines import storage
+
+from .ray_head import Head, ray_head
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,11 +84,6 @@ class Place(NamedTuple):
     environment: dict[str, str]
 
 
-class Cluster(NamedTuple):
-    address: str
-    dashboard: str
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, s3_bucket: str) -> Place:
     """A copy of the project with short books. The environment's programs come first, its code is the copy's."""
@@ -108,47 +99,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, s3_bucket: str) -> Place:
 
 
 @pytest.fixture(scope="module")
-def cluster(place: Place) -> Iterator[Cluster]:
-    """A Ray of its own with a dashboard, on loopback and free ports; of the project it knows what is sent to it."""
-    port, dashboard, client, agent = _free_ports(4)
-    folder = Path(tempfile.mkdtemp(prefix="rmt-"))  # short: paths of sockets are limited
-    words = [
-        *["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"],
-        *["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"],
-        *[f"--dashboard-agent-listen-port={agent}", "--min-worker-port=0", "--max-worker-port=0"],
-        *[f"--object-store-memory={200 * 1024**2}", f"--temp-dir={folder}"],
-    ]
-    environment = {name: value for name, value in place.environment.items() if name != "PYTHONPATH"}
-    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-    with (folder / "output").open("w") as output:
-        head = subprocess.Popen(
-            words, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        _wait_for(f"http://127.0.0.1:{dashboard}/api/version", head, folder / "output")
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-    finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports(num: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-            if answer.status == 200:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"the cluster did not come up:\n{output.read_text()[-3000:]}")
+def cluster(place: Place) -> Iterator[Head]:
+    """A Ray of its own that asks for a token; of the project it knows what is sent to it."""
+    with ray_head(place.environment) as head:
+        yield head
 
 
 # --- the commands -----------------------------------------------------------------------------------
@@ -173,7 +127,8 @@ def test_it_runs(piece: Piece, place: Place, s3_bucket: str, request: pytest.Fix
         case _:
             job = job_of(words)
             if job != "benchmark":
-                variables["RAY_ADDRESS"] = request.getfixturevalue("cluster").address
+                head: Head = request.getfixturevalue("cluster")
+                variables |= {"RAY_ADDRESS": head.address, **head.token}
             words = cheaper(job, words)
             printed = run(words, place._replace(environment=place.environment | variables))
             check_result(job, printed.splitlines(), words)
@@ -234,11 +189,11 @@ def check_install(what: str) -> None:
     assert Requirement(f"rmt-ray{what[1:]}").extras <= set(extras)
 
 
-def submit(words: list[str], rest: list[str], place: Place, cluster: Cluster) -> None:
+def submit(words: list[str], rest: list[str], place: Place, cluster: Head) -> None:
     """A submitted job prints its JSON line among Ray's own lines."""
     command = rest[rest.index("--") + 1 :]
     job = job_of(command)
-    environment = place.environment | {"RAY_API_SERVER_ADDRESS": cluster.dashboard}
+    environment = place.environment | {"RAY_API_SERVER_ADDRESS": cluster.dashboard} | cluster.token
     environment.pop("PYTHONPATH")  # the submitted copy has to do
     printed = run([*words[: -len(command)], *cheaper(job, command)], Place(place.folder, environment))
     check_result(job, [line for line in printed.splitlines() if line.startswith("{")], command)
@@ -265,4 +220,4 @@ def test_variables_that_it_sets_are_read() -> None:
     """By the jobs themselves, or by Ray's command line."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pipelines").rglob("*.py"))
     for name in re.findall(r"\b((?:RMT|AWS|RAY|OMP)_[A-Z0-9_]+)", README):
-        assert name in source or name == "RAY_API_SERVER_ADDRESS", name
+        assert name in source or name in {"RAY_API_SERVER_ADDRESS", "RAY_JOB_STOP_WAIT_TIME_S"}, name

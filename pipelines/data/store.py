@@ -8,7 +8,8 @@
     store.json                   settings, counts and fingerprints; written last: without it there is no store
 
 A file of numbers k is missing where nothing of its input became a document. Row groups hold at most about
-`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is.
+`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is. Pages carry
+checksums, which are verified when they are read.
 """
 
 import io
@@ -98,7 +99,9 @@ class PartWriter:
 
     def __init__(self, path: Path) -> None:
         self.num_rows = 0
-        self._writer = pq.ParquetWriter(path, SEGMENTS_SCHEMA, compression="zstd", compression_level=1)
+        self._writer = pq.ParquetWriter(
+            path, SEGMENTS_SCHEMA, compression="zstd", compression_level=1, write_page_checksum=True
+        )
         self._ids: list[str] = []
         self._numbers: list[int] = []
         self._tokens: list[np.ndarray] = []
@@ -147,7 +150,7 @@ def without_documents(uri: str, documents: Sequence[DocumentEntry], drop: set[st
             kept.append(document._replace(row_offset=num_rows))
             num_rows += document.num_segments
     with storage.local_file(uri) as old, storage.writing(uri) as new, PartWriter(new) as writer:
-        for document_id, number, tokens in _rows(pq.ParquetFile(old)):
+        for document_id, number, tokens in _rows(pq.ParquetFile(old, page_checksum_verification=True)):
             if document_id not in drop:
                 writer.add(document_id, number, tokens)
     return kept
@@ -166,7 +169,8 @@ def write_manifest(uri: str, documents: Sequence[DocumentEntry]) -> None:
     columns = list(zip(*documents, strict=True)) or [()] * len(MANIFEST_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, MANIFEST_SCHEMA, strict=True)]
     with storage.writing(storage.join(uri, MANIFEST)) as path:
-        pq.write_table(pa.table(arrays, schema=MANIFEST_SCHEMA), path, compression="zstd")
+        table = pa.table(arrays, schema=MANIFEST_SCHEMA)
+        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def write_errors(uri: str, errors: Iterable[ErrorEntry]) -> None:
@@ -207,7 +211,8 @@ class SegmentStore:
         self.segment_len: int = content["segment_len"]
         self.tokenizer_fingerprint: str = content["tokenizer_fingerprint"]
         self.fingerprint: str = fingerprint({key: content[key] for key in _IDENTITY})
-        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.uri, MANIFEST))))
+        manifest = io.BytesIO(storage.read_bytes(storage.join(self.uri, MANIFEST)))
+        table = pq.read_table(manifest, page_checksum_verification=True)
         columns = [table[name].to_pylist() for name in DocumentEntry._fields]
         self.manifest = [DocumentEntry(*row) for row in zip(*columns, strict=True)]
         self._parts: OrderedDict[str, _Part] = OrderedDict()
@@ -245,7 +250,7 @@ class _Part:
     def __init__(self, uri: str) -> None:
         files, path = storage.filesystem(uri)
         self._source = files.open_input_file(path)
-        self._file = pq.ParquetFile(self._source)
+        self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
