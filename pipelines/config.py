@@ -330,13 +330,13 @@ def run_job(
         print(canonical_json(result), flush=True)
         return code
     except InputError as error:
-        return _told(error, prog, 2)
+        return _told(error, prog, _code_of(error))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # the border: everything else becomes a traceback and exit code 1
         if (fault := _storage_fault(error)) is not None:
-            return _told(fault, prog, 2 if isinstance(fault, RefusedError) else 1)
+            return _told(fault, prog, _code_of(fault))
         traceback.print_exc()
         return 1
 
@@ -344,6 +344,12 @@ def run_job(
 def _shown(config: ConfigT, plan: Callable[[ConfigT], dict[str, Any]] | None) -> tuple[dict[str, Any], int]:
     planned = {} if plan is None else {"plan": plan(config)}
     return config.model_dump(mode="json") | planned, 0
+
+
+def _code_of(error: BaseException) -> int:
+    """2 for what the user can put right on the command line, 1 where a store has failed."""
+    fault = _storage_fault(error)
+    return 2 if fault is None or isinstance(fault, RefusedError) else 1
 
 
 def _told(error: BaseException, prog: str, code: int) -> int:

@@ -29,7 +29,7 @@ import ray
 
 import rmt_core
 from pipelines import storage
-from pipelines.cluster import connect
+from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, canonical_json, run_job, split_commas
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import Figure, Material
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evalu
 TABLE, PLOT, PARTIAL = "results.md", "results.png", "config.partial.json"
 _OWN_NAME = re.compile(
     r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json|run-[a-z0-9_]+-\d+-\d+\.json)"
-    r"(\.[0-9a-f]{8}\.tmp)?"
+    r"(\.[0-9a-f]{8}\.tmp)?|SHA256SUMS"
 )
 _RUN_NAME = re.compile(r"run-[a-z0-9_]+-\d+-\d+\.json")  # of a task, length and seed: figures kept until all are there
 _REPORT_S = 30.0  # without news for so long, the log says that work goes on
@@ -159,7 +159,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         storage.write_bytes(storage.join(output, name), data)
     storage.write_json(storage.join(output, CONFIG), {**content, "model": subject._asdict()})
     for name in storage.list_names(output):
-        if name == PARTIAL or _RUN_NAME.fullmatch(name):
+        if name in (PARTIAL, "SHA256SUMS") or _RUN_NAME.fullmatch(name):  # checksums of what was there before
             storage.delete(storage.join(output, name))
     log.info("results in %s", storage.join(output, TABLE))
     return _summary(output, lines)
@@ -306,9 +306,11 @@ def _measure(
 ) -> dict[Run, list[Figure]]:
     """The figures of each run, one Ray task each, the longest first; each is kept when it ends."""
     num_gpus = 1 if runs[0].device == "cuda" else 0
-    if num_gpus > ray.cluster_resources().get("GPU", 0):
+    where = pool("train" if num_gpus else "data")
+    if num_gpus > ray.cluster_resources().get("GPU", 0) and not where:  # an idle pool has none, and grows
         raise InputError("--device cuda: there is no GPU here; use --device cpu, or a cluster that has one")
-    remote, shared = ray.remote(num_cpus=1, num_gpus=num_gpus)(measure), ray.put(material)
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=where)(measure)
+    shared = ray.put(material)
     waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
     log.info("measuring %s", ", ".join(_words(run) for run in runs))
     found: dict[Run, list[Figure]] = {}

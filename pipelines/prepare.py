@@ -28,7 +28,7 @@ import ray
 import ray.data
 
 from pipelines import storage
-from pipelines.cluster import connect
+from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, StrictError, fingerprint, run_job
 from pipelines.data import inputs, progress, segment, store
 from pipelines.data.batches import BATCH_CHARS, Batch, pieces_of
@@ -199,7 +199,7 @@ class _Spread:
         self._in_flight = in_flight
         self._kept = set(storage.list_names(unit.output))  # of an interrupted run
         self._names: list[str] = []
-        self._encode = ray.remote(progress.encode_and_save)
+        self._encode = ray.remote(label_selector=pool("data"))(progress.encode_and_save)  # where Ray Data works, too
 
     def __call__(self, found: Iterable[Batch]) -> Iterator[tuple[Batch, Sequence[Encoded]]]:
         waiting: deque[tuple[Batch, Any]] = deque()

@@ -256,10 +256,10 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Of a failed run the worker's own complaint, where it is about what the user gave."""
+    """Of a failed run the worker's own complaint, where it is about what the user gave or a store that failed."""
     for failure in getattr(error, "worker_failures", {}).values():
         inner = getattr(failure, "cause", failure)
-        if isinstance(inner, InputError):
+        if isinstance(inner, InputError | storage.StorageError):
             return inner
     return error
 

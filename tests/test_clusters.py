@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ import jsonschema
 import pytest
 import yaml
 
-from pipelines.config import Config, parse
+from pipelines.config import Config, build, parse
 from pipelines.recipes import RECIPES
+from pipelines.serving.serve_config import ServeConfig
 
 from .kuberay_schema import KINDS
 
@@ -236,8 +236,10 @@ def test_the_service_names_its_application() -> None:
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
     assert application["import_path"] == "pipelines.serve:build"
     assert application["route_prefix"] == "/"
-    if importlib.util.find_spec("pipelines.serve") is not None:
-        assert callable(importlib.import_module("pipelines.serve").build)
+    assert callable(importlib.import_module("pipelines.serve").build)
+    config = build(ServeConfig, {"host": "every address", **application["args"]})  # as the proxy's, it needs keys
+    for value in (config.model, config.store, config.api_keys):
+        assert str(value).startswith("/mnt/rmt/"), "what all replicas see"
 
 
 # --- all files --------------------------------------------------------------------------------------

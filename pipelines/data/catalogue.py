@@ -66,13 +66,18 @@ class Entry(NamedTuple):
 
 
 def survey(file: FileEntry) -> Iterator[Entry | InputFile]:
-    """An entry for everything in a file, then the file as it was read; nothing is raised for what cannot be read."""
+    """An entry for everything in a file, then the file as it was read; what cannot be read is an entry, too.
+
+    Raises StorageError where not the file but the store fails.
+    """
     source, line = None, None
     try:
         source = Source(file.uri)
         for entry in _entries(file, source):
             line = entry.line
             yield entry
+    except storage.StorageError:
+        raise
     except Exception as error:  # a parser that breaks on its file must not take the other files with it
         where = "" if line is None else f" (after line or row {line})"
         text = " ".join(str(error).split())

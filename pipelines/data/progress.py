@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _KEPT = re.compile(r"unit-\d{5,}\.json|tokens-\d{5,}-[0-9a-f]{32}\.safetensors")
 _OWN = re.compile(
     r"(segments-\d{5,}\.parquet|manifest\.parquet|errors\.jsonl|inputs\.json|tokenizer(_config)?\.json"
-    rf"|store(\.partial)?\.json|{_KEPT.pattern})"
+    rf"|store(\.partial)?\.json|SHA256SUMS|{_KEPT.pattern})"
 )
 _TEMPORARY = re.compile(rf"\.({_OWN.pattern})\.[0-9a-f]{{8}}\.tmp")
 _DIGEST_BYTES = 32

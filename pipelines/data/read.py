@@ -40,7 +40,11 @@ class Fault(NamedTuple):
 
 
 class UnreadableError(Exception):
-    """The source of a document cannot be read (further)."""
+    """The source of a document cannot be read (further).
+
+    Not so a StorageError, which goes on its way: where a store does not answer, or lets nobody in, the documents are
+    no worse for it, and the job has to be run again.
+    """
 
 
 class Source:
@@ -73,6 +77,8 @@ class Source:
 def readable(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
+    except storage.StorageError:
+        raise
     except (OSError, pa.ArrowException) as error:
         raise UnreadableError(" ".join(str(error).split())) from error
 
@@ -110,6 +116,8 @@ def _gunzip(source: Source) -> Iterator[bytes]:
         with gzip.GzipFile(fileobj=source, mode="rb") as file:  # type: ignore[call-overload]  # read() is enough
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
+    except storage.StorageError:
+        raise
     except (EOFError, OSError, zlib.error) as error:
         raise UnreadableError(f"damaged or cut gzip file: {error}") from error
 

@@ -18,6 +18,7 @@ from pipelines.stores import faults, s3
 from pipelines.stores.retry import Backoff, steadily, within
 
 WHOLE_BYTES = 32 * 1024**2
+READ_AHEAD_BYTES = 2**18  # of a request, at least: gzip asks for 8 kB at a time
 LEAST_BYTES_PER_S = 20_000  # slower than this is a fault, beyond the time in which the server may be silent
 
 T = TypeVar("T")
@@ -159,6 +160,7 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, store: SteadyS3, path: str) -> None:
         self._store, self._path, self._at = store, path, 0
+        self._held_at, self._held = 0, b""  # what came beyond what was asked for, with what was
         self._file, self._size = store.do(path, lambda _: self._open())
 
     def _open(self) -> tuple[pa.NativeFile, int]:
@@ -181,8 +183,17 @@ class _Reader(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._size - self._at)
         wanted = left if size is None or size < 0 else min(size, left)
-        data = self._store.do(self._path, lambda number: self._get(wanted, number)) if wanted else b""
-        self._at += len(data)
+        if not wanted:
+            return b""
+        start = self._at - self._held_at
+        if start < 0 or start + wanted > len(self._held):
+            fetched = min(left, max(wanted, READ_AHEAD_BYTES))
+            self._held = self._store.do(self._path, lambda number: self._get(fetched, number))
+            self._held_at, start = self._at, 0
+        data = self._held[start : start + wanted]
+        if len(self._held) > READ_AHEAD_BYTES:
+            self._held = b""
+        self._at += wanted
         return data
 
     def _get(self, wanted: int, number: int) -> bytes:

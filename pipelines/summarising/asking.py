@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pipelines.config import InputError, canonical_json
+from pipelines.storage import StorageError
 from pipelines.summarising.documents import DocumentError, Summary, Text, describe, document_seed
 from pipelines.summarising.instruct import Ask, InstructModel, Reply
 from pipelines.summarising.rereading import DEFAULT_PIECE_LEN, PROGRAMS, Program, Reading, Room, frames, most_new_tokens
@@ -165,6 +166,8 @@ class Asking:
             except InputError as error:
                 raise DocumentError(str(error)) from error
             task.start()
+        except StorageError:  # where texts come from fails: no fault of this one
+            raise
         except Exception as error:  # the border of a document: whatever it raises is its own result
             done[position] = self._summary(task, None, describe(error))
             return None
@@ -183,6 +186,8 @@ class Asking:
                 if isinstance(reply, Exception):
                     raise reply
                 task.answer(place, reply)
+            except StorageError:
+                raise
             except Exception as error:  # the border of a document, as above
                 done[task.position] = self._summary(task, None, describe(error))
             else:

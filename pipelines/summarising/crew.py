@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from pipelines.cluster import pool
 from pipelines.config import InputError
 from pipelines.summarising.ledger import Counts
 from pipelines.summarising.strategies import Settings
@@ -89,12 +90,17 @@ class _Worker:
 
 
 def _resources(crew: Crew) -> dict[str, Any]:
-    """What a worker reserves: a core, or less where cores are few, since Ray's other tasks need some of them too."""
+    """What a worker reserves: a core, or less where cores are few, since Ray's other tasks need some of them too.
+
+    On GPUs it also chooses their pool, where the cluster has pools; Ray Data would take that for data.
+    """
     available = ray.cluster_resources()
     share = available.get("CPU", 0.0) / 2 / crew.num_workers
     num_cpus = min(1.0, max(0.01, math.floor(100 * share) / 100)) if share else 1.0
     if crew.device == "cpu":
         return {"num_cpus": num_cpus}
-    if not available.get("GPU"):
+    there, where = available.get("GPU", 0.0), pool("train")
+    if not there and not where:
         raise InputError("device cuda: Ray sees no GPU; use --device cpu")
-    return {"num_cpus": num_cpus, "num_gpus": min(1.0, math.floor(100 * available["GPU"] / crew.num_workers) / 100)}
+    num_gpus = min(1.0, math.floor(100 * there / crew.num_workers) / 100) if there else 1.0  # an idle pool has none
+    return {"num_cpus": num_cpus, "num_gpus": num_gpus, "label_selector": where}

@@ -39,7 +39,7 @@ LINES, DEAD_LETTERS, BATCH_OUTPUT = "summaries.jsonl", "dead_letters.jsonl", "ba
 STATES = "states"
 OWN_NAMES = re.compile(
     r"job\.json|inputs\.json|round\.json|result\.json|states|plan-\d{5,}\.parquet|summaries-\d{5,}\.parquet"
-    r"|summaries\.jsonl|dead_letters\.jsonl|batch_output\.jsonl|\..*\.tmp"
+    r"|summaries\.jsonl|dead_letters\.jsonl|batch_output\.jsonl|SHA256SUMS|\..*\.tmp"
 )
 _PART = re.compile(r"summaries-(\d{5,})\.parquet")
 _CUT_OFF = re.compile(r"\.(summaries|plan)-\d{5,}\.parquet\.[0-9a-f]+\.tmp")

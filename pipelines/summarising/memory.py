@@ -30,6 +30,7 @@ from pipelines.serving.engine import Settings as EngineSettings
 from pipelines.serving.loading import Loaded
 from pipelines.serving.readers import Position, Reader
 from pipelines.serving.requests import Done, Event, Failed, Request
+from pipelines.storage import StorageError
 from pipelines.summarising.documents import DocumentError, Keeper, Summary, Text, describe, document_seed
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,8 @@ class MemoryStrategy:
         try:
             if text.keeper is not None:
                 course.resume(text.keeper, self._fingerprint, self._segment_len)
+        except StorageError:  # where texts come from fails: no fault of this one
+            raise
         except Exception as error:  # the border of a document: whatever it raises is its own result
             done[place] = self._failed(course, describe(error))
         else:
@@ -148,6 +151,8 @@ class MemoryStrategy:
         """Gives the engine the document's next lap."""
         try:
             running[self._engine.add(self._request(course), course.at)] = course
+        except StorageError:
+            raise
         except Exception as error:  # the border of a document, as above
             done[course.place] = self._failed(course, describe(error))
 

@@ -44,7 +44,9 @@ def job_there(
         foreign = [name for name in names if not ledgers.OWN_NAMES.fullmatch(name)]
         if ledgers.JOB not in names:
             # A plan that was cut off leaves these; any other name belongs to something else.
-            foreign += [name for name in names if not re.fullmatch(r"plan-\d+\.parquet|inputs\.json|\..*\.tmp", name)]
+            foreign += [
+                name for name in names if not re.fullmatch(r"plan-\d+\.parquet|inputs\.json|SHA256SUMS|\..*\.tmp", name)
+            ]
         if foreign:
             raise InputError(f"{output} is not empty (it holds {foreign[0]}); give another --output")
         if ledgers.JOB not in names:

@@ -17,7 +17,7 @@ HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "te", "trailer",
 class Fault(NamedTuple):
     """What happens to the next `times` requests whose line `METHOD /path?query` matches `where`."""
 
-    kind: Literal["status", "reset", "reset_in_body", "cut", "slow", "silent"]
+    kind: Literal["status", "reset", "reset_in_body", "cut", "slow", "silent", "lost"]  # lost: done, and reset
     where: str = ""
     times: int = 1
     status: int = 500
@@ -102,6 +102,9 @@ def _handler(proxy: FaultyS3) -> type[BaseHTTPRequestHandler]:
                 text = f"<Error><Code>{fault.code}</Code><Message>by the proxy</Message></Error>".encode()
                 self.answer(fault.status, [("Content-Type", "application/xml")], text)
             elif fault.kind == "reset":
+                self.reset()
+            elif fault.kind == "lost":
+                self.forward(body)
                 self.reset()
             elif fault.kind == "silent":
                 proxy.over.wait(120)

@@ -12,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer
+from pipelines.storage import StorageError
 from pipelines.summarising import strategies
 from pipelines.summarising.asking import Asking
 from pipelines.summarising.documents import DocumentError, Style, Summary, Text
@@ -341,3 +342,14 @@ def test_models_that_cannot_are_refused_in_words(folder: str, tmp_path: Path) ->
     ):
         with pytest.raises(InputError, match=said):
             strategies.look_at(given, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_good", [0, 50_000])
+def test_where_texts_come_from_failing_is_no_fault_of_a_text(model: InstructModel, name: str, num_good: int) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"a" * num_good
+        raise StorageError("the store does not answer")
+
+    with pytest.raises(StorageError):
+        list(asking(Watched(model), name).summarise([*texts(), Text("a", chunks(), STYLE)]))

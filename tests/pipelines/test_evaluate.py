@@ -127,11 +127,12 @@ def test_an_interrupted_run_is_done_again(
 ) -> None:
     (tmp_path / "config.partial.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("half a li")
+    storage.seal(tmp_path)
     words = ["--task", "recall", "--background", "noise", "--lengths", 64, "--num-samples", 1, "--output", tmp_path]
     result = run("--model", model, *words).result
     assert [line["memory"] for line in result["metrics"]] == ["true", "zeroed"]  # one sample has no neighbour
     assert len(lines_of(tmp_path)) == 2
-    assert not (tmp_path / "config.partial.json").exists()
+    assert storage.list_names(str(tmp_path)) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
 
 
 def test_finished_runs_are_kept_and_only_the_rest_is_measured(

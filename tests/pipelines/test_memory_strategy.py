@@ -13,6 +13,7 @@ from pipelines.data.read import UnreadableError
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.serving.engine import Engine
 from pipelines.serving.loading import Loaded
+from pipelines.storage import StorageError
 from pipelines.summarising import memory as memory_strategy
 from pipelines.summarising.documents import Style, Text, document_seed
 from pipelines.summarising.memory import MemoryStrategy
@@ -344,3 +345,15 @@ def test_documents_may_be_written_about_each_in_its_way(model: rmt_core.Recurren
 
 def test_no_documents_give_no_summaries(model: rmt_core.RecurrentModel) -> None:
     assert list(strategy(model, 2).summarise([])) == []
+
+
+@pytest.mark.parametrize("num_good", [0, 100])
+def test_where_documents_come_from_failing_is_no_fault_of_a_document(
+    model: rmt_core.RecurrentModel, num_good: int
+) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"a" * num_good * SEGMENT_LEN * 10
+        raise StorageError("the store does not answer")
+
+    with pytest.raises(StorageError):
+        list(strategy(model, 2).summarise([text(0, 30), Text("a", chunks(), GREEDY)]))

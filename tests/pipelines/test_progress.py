@@ -113,3 +113,9 @@ def test_batches_hold_all_of_a_document_in_order_and_about_as_much_text_each(
     assert all(1000 <= size < 1000 + 700 + 512 for size in sizes[:-1])
     pieces = [event for batch in found for event in batch if isinstance(event, Piece)]
     assert "".join(piece.text for piece in pieces) == text + "short" * 500
+
+
+def test_checksums_beside_a_store_are_its_own(tmp_path: Path) -> None:
+    storage.write_json(str(tmp_path / store.PARTIAL), {"identity": "x"})
+    storage.seal(tmp_path)
+    assert progress.stale(str(tmp_path), "x", 1) == ["SHA256SUMS"]

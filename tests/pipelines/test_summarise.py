@@ -459,6 +459,8 @@ def test_from_s3_to_s3_as_a_command(s3_bucket: str, model: str) -> None:
         storage.write_bytes(f"{place}/model/{path.name}", path.read_bytes())
     storage.write_bytes(f"{place}/in/a.txt", TEXTS["a"].encode())
     storage.write_bytes(f"{place}/in/b.jsonl", b'{"text": "b"}\n{}\n')
+    for name in ("plan-00000.parquet", "SHA256SUMS"):  # of a plan that was cut off
+        storage.write_bytes(f"{place}/out/{name}", b"")
     args = ("--model", f"{place}/model", "--input", f"{place}/in", f"{place}/gone.txt", "--output", f"{place}/out")
     process = start(*args, *NEW)
     stdout, stderr = process.communicate(timeout=300)
