@@ -6,11 +6,13 @@
     python pipelines/benchmark.py memory
     python pipelines/benchmark.py ingest
     python pipelines/benchmark.py summarise
+    python pipelines/benchmark.py train
 
 `core` measures a recurrent step against Hugging Face's own forward, and how streamed inference grows with the
 text. `memory` measures replay against full back-propagation and against another implementation's, each memory's state
 and time per token against a cache of keys and values, and the orders in which segments and layers of a text can run.
-`ingest` measures `prepare` against its tokenizer alone, against `datasets.map`, and on two workers against one.
+`ingest` measures `prepare` against its tokenizer alone, against `datasets.map`, and on two workers against one. `train`
+measures the training job against a bare loop, two workers against one, checkpoints, and the memory of ZeRO's stages.
 `summarise` kills a batch of documents half-way and counts what is lost and what is doubled, beside a plain loop.
 A table goes to stderr, one JSON object to stdout. Exit code 1: a full run missed a promise. `core` and `memory` need
 what `rmt_core` needs and nothing else, so that they run on a bare machine with an accelerator.

@@ -29,20 +29,24 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.util.client
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import rmt_core
 from pipelines import storage
 from pipelines.cluster import connect, has_cluster, pool
 from pipelines.config import InputError, build, run_job
-from pipelines.data.tokenise import load_tokenizer
+from pipelines.data.mixture import Store
+from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.extras import require_extra
 from pipelines.recipes import find_recipe
 from pipelines.training import checkpoints
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, check_same, identity_of
+from pipelines.training.monitor import Monitor
 from pipelines.training.plan import make_plan, tell
 from pipelines.training.probe import probe_texts
 from pipelines.training.settings import TrainConfig, model_config
@@ -116,12 +120,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     tokenizer = store.load_tokenizer()
     lanes = make_lanes(config, store, tokenizer)
     probe_texts(config, store, tokenizer)
+    _, model = _outlined(config, store, tokenizer)
     with connect() if has_cluster() else contextlib.nullcontext():
         num_nodes = check_storage(config.output, _inputs(config), _resources(config))
-    try:
-        found = make_plan(config, store, lanes, model_config(config, tokenizer, store.segment_len))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    found = make_plan(config, store, lanes, model)
     tell(found)
     return found | {"num_nodes_with_storage": num_nodes}
 
@@ -158,17 +160,8 @@ def check(config: TrainConfig) -> Identity:
     tokenizer = store.load_tokenizer()
     lanes = make_lanes(config, store, tokenizer)
     probe_texts(config, store, tokenizer)
-    try:
-        description = model_config(config, tokenizer, store.segment_len)
-        model = rmt_core.build(description)
-        size = model_size(outline(description, config.model))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if model.backbone.vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"the backbone knows {model.backbone.vocab_size} tokens, the tokenizer of the data has "
-            f"{tokenizer.vocab_size}; prepare the data with the backbone's tokenizer"
-        )
+    description, model = _outlined(config, store, tokenizer)
+    size = model_size(model)
     log.info(
         "model: %s parameters, %s trained, memory %s; data: %d documents, %d tokens in segments of %d",
         f"{size.num_parameters:,}",
@@ -181,6 +174,23 @@ def check(config: TrainConfig) -> Identity:
     for source in {id(lane.source): lane.source for lane in lanes}.values():
         log.info("%s", source.describe())
     return identity_of(config, store, description)
+
+
+def _outlined(
+    config: TrainConfig, store: Store, tokenizer: Tokenizer
+) -> tuple[rmt_core.ModelConfig, rmt_core.RecurrentModel]:
+    """The model's configuration, and the model without weights: none are read. InputError where parts do not fit."""
+    try:
+        description = model_config(config, tokenizer, store.segment_len)
+        model = outline(description, config.model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if model.backbone.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"the backbone knows {model.backbone.vocab_size} tokens, the tokenizer of the data has "
+            f"{tokenizer.vocab_size}; prepare the data with the backbone's tokenizer"
+        )
+    return description, model
 
 
 def _earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
@@ -196,6 +206,8 @@ def _earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
             raise InputError(f"{config.output} holds a run already; give another --output to start from a checkpoint")
         other = storage.read_json(storage.join(config.resume, checkpoints.PROGRESS))
         check_same(other["identity"], identity, f"{config.resume} is of a run")
+        if other["step"] >= config.num_steps:
+            raise InputError(f"{config.resume} is of the last step, {other['step']}: nothing is left to do from there")
     if FINISHED in names:
         finished = storage.read_json(storage.join(config.output, FINISHED))
         check_same(finished["identity"], identity, f"{config.output} holds a finished run")
@@ -218,7 +230,14 @@ def _checkpoints(output: str) -> list[str]:
     registry = storage.join(output, REGISTRY)
     if not storage.exists(registry):
         return []
-    return [result["checkpoint_dir_name"] for result in storage.read_json(registry)["checkpoint_results"]]
+    try:
+        results = storage.read_json(registry)["checkpoint_results"]
+    except ValueError as error:
+        raise InputError(
+            f"{registry} is not whole, as after a kill in the moment that it was written; go on from a checkpoint "
+            f"with --resume {output}/checkpoint_... and another --output"
+        ) from error
+    return [result["checkpoint_dir_name"] for result in results]
 
 
 def _progress(output: str) -> checkpoints.Progress:
@@ -229,7 +248,7 @@ def _progress(output: str) -> checkpoints.Progress:
 
 def _fit(config: TrainConfig) -> dict[str, Any]:
     """Ray Train over the workers; the last metrics. Ctrl-C and SIGTERM ask the workers to checkpoint and stop."""
-    monitor = ray.remote(num_cpus=0)(Monitor).remote()
+    monitor = ray.remote(num_cpus=0)(Monitor).options(scheduling_strategy=_beside_driver()).remote()
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -253,6 +272,13 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
     lines = storage.read_bytes(storage.join(config.output, "metrics.jsonl")).splitlines()
     metrics = json.loads(lines[-1])
     return {name: metrics.get(name) for name in ("loss", "tokens_per_s", "peak_memory_bytes")}
+
+
+def _beside_driver() -> Any:
+    """Where an actor outlives all nodes but the driver's; anywhere, for a driver outside the cluster."""
+    if ray.util.client.ray.is_connected():
+        return "DEFAULT"
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -308,42 +334,6 @@ def _resources(config: TrainConfig) -> dict[str, float]:
     return {"CPU": config.workers.cpus} | ({"GPU": 1.0} if config.workers.use_gpu else {})
 
 
-class Monitor:
-    """An actor between the workers and the driver: what they have to say one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, Any] = {}
-        self.starts: list[str] = []
-        self.fault: str | None = None
-        self.stopping = False
-
-    def begin(self, num_workers: int, step: int) -> None:
-        """Takes that workers begin, or go on, from a step."""
-        self.starts.append(f"training with {num_workers} worker{'s' * (num_workers > 1)} from step {step}")
-
-    def begun(self) -> list[str]:
-        return self.starts
-
-    def tell(self, metrics: dict[str, Any]) -> None:
-        self.metrics = metrics
-
-    def latest(self) -> dict[str, Any]:
-        return self.metrics
-
-    def refuse(self, fault: str) -> None:
-        """Takes what is wrong with what the user gave."""
-        self.fault = fault
-
-    def refused(self) -> str | None:
-        return self.fault
-
-    def stop(self) -> None:
-        self.stopping = True
-
-    def is_stopping(self) -> bool:
-        return self.stopping
-
-
 def train_worker_entry(arguments: dict[str, Any]) -> None:
     """What Ray Train calls on each worker."""
     train_worker(arguments["settings"], arguments["monitor"])
@@ -364,13 +354,13 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
     before = [signal.signal(each, on_interrupt) for each in signals]
     bar = tqdm(total=config.num_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
     try:
-        shown, num_starts = time.monotonic(), 0
+        shown, num_notes = time.monotonic(), 0
         while thread.is_alive():
             thread.join(timeout=0.5)
-            metrics, starts = ray.get([monitor.latest.remote(), monitor.begun.remote()])
-            for line in starts[num_starts:]:
+            metrics, notes = ray.get([monitor.latest.remote(), monitor.noted.remote()])
+            for line in notes[num_notes:]:
                 log.info(line)
-            num_starts = len(starts)
+            num_notes = len(notes)
             if not metrics:
                 continue
             bar.n = metrics["step"]

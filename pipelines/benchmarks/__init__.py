@@ -29,6 +29,7 @@ BENCHMARKS = {
     "memory": Benchmark(memory.memory, memory.sizes),
     "ingest": Benchmark(ingest.ingest, ingest.sizes),
     "summarise": Benchmark(summarise.summarise, summarise.sizes),
+    "train": Benchmark(_named("train", "train"), _named("train", "sizes")),
     "serve": Benchmark(_named("serving", "serve"), _named("serving", "sizes")),
     "serve_http": Benchmark(_named("serving_http", "serve_http"), _named("serving_http", "sizes")),
 }

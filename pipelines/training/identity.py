@@ -1,7 +1,9 @@
 """What a run is, so that a checkpoint is continued under the same settings, data and model only."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import rmt_core
@@ -12,15 +14,21 @@ from pipelines.training.settings import TrainConfig
 # Not part of what is learned: a run may go on with other values of these.
 HOUSEKEEPING: dict[str, Any] = {
     **dict.fromkeys(("output", "resume", "report", "data", "seeds"), True),
+    "model": {"backbone"},  # where it lies: what is in it counts
     "workers": {"num_workers", "cpus", "use_gpu", "max_failures", "resize_every_s"},
 }
 
 Identity = dict[str, Any]  # settings, data and model: JSON values by part
 
+_WEIGHTS = ("*.safetensors", "*.bin")  # of a Hugging Face directory, the first that there are
+
 
 def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) -> Identity:
-    """Equal for runs that would learn the same, whatever the number of workers."""
-    identity = {
+    """Equal for runs that would learn the same, whatever the number of workers.
+
+    Reads a backbone's weights from the first byte to the last: seconds for a large one. InputError where it has none.
+    """
+    identity: Identity = {
         "settings": config.model_dump(mode="json", exclude=HOUSEKEEPING),
         "data": {
             "fingerprint": store.fingerprint,
@@ -30,7 +38,22 @@ def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) 
         },
         "model": model.to_json(),
     }
+    if config.model.backbone is not None:
+        identity["model"]["weights"] = _fingerprint_weights(config.model.backbone)
     return json.loads(canonical_json(identity))
+
+
+def _fingerprint_weights(backbone: str) -> str:
+    """A hash of a directory's weights, by names and contents of their files."""
+    found = (sorted(Path(backbone).glob(pattern)) for pattern in _WEIGHTS)
+    files = next((paths for paths in found if paths), [])
+    if not files:
+        raise InputError(f"model.backbone {backbone!r} holds no weights ({' or '.join(_WEIGHTS)})")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def seal(identity: Identity) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import rmt_core
 from pipelines.data import lanes as data
-from pipelines.training.costs import model_size, outline, segment_cost
+from pipelines.training.costs import model_size, segment_cost
 from pipelines.training.footprint import STAGES, footprint
 from pipelines.training.settings import TrainConfig, num_segments_at, stage_at
 
@@ -19,14 +19,13 @@ _COUNTED_WINDOWS = 100_000  # more are taken at their mean
 
 
 def make_plan(
-    config: TrainConfig, store: data.Reads, lanes: list[Any], description: rmt_core.ModelConfig
+    config: TrainConfig, store: data.Reads, lanes: list[Any], model: rmt_core.RecurrentModel
 ) -> dict[str, Any]:
-    """The plan as JSON values; `lanes` are all of the run's.
+    """The plan as JSON values; `lanes` are all of the run's, `model` needs no weights.
 
     Memory is that of the worker with the most rows where the run has as few workers as it may. Numbers of segments are
     those of the curriculum's steps: a stage that lasts until its answers are known may end earlier or later.
     """
-    model = outline(description, config.model)
     num_workers = config.workers.num_workers[0]
     num_rows = -(-config.batch_size // num_workers)
     size, cost = model_size(model), segment_cost(model, num_rows)

@@ -126,6 +126,7 @@ class Setup(NamedTuple):
     numbers: list[int]  # of its lanes, globally
     lanes: data.Lanes
     description: rmt_core.ModelConfig
+    model: rmt_core.RecurrentModel
     tokenizer: Tokenizer
     identity: Identity
     texts: Texts | None  # of probes, of all workers
@@ -190,25 +191,36 @@ def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, F
 
 
 def set_up(config: TrainConfig) -> Setup:
-    """Opens the data and plans this worker's lanes. InputError."""
+    """Opens the data, plans this worker's lanes and builds the model. InputError."""
     store = open_store(config)
     tokenizer = store.load_tokenizer()
     description = model_config(config, tokenizer, store.segment_len)
+    model = fresh_model(config, description)
     lanes = make_lanes(config, store, tokenizer)
     numbers = list(range(len(lanes)))[dist.get_rank() :: dist.get_world_size()]
     mine = data.Lanes([lanes[number] for number in numbers], store.segment_len)
     identity = identity_of(config, store, description)
-    return Setup(config, numbers, mine, description, tokenizer, identity, probe_texts(config, store, tokenizer))
+    texts = probe_texts(config, store, tokenizer)
+    return Setup(config, numbers, mine, description, model, tokenizer, identity, texts)
+
+
+def fresh_model(config: TrainConfig, description: rmt_core.ModelConfig) -> rmt_core.RecurrentModel:
+    """The model as a run begins with it, equal on every worker. InputError where a directory's weights do not fit."""
+    torch.manual_seed(config.seed)
+    try:
+        model = rmt_core.build(description).train()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    choose_trained(model, config.model)
+    return model
 
 
 def start_run(setup: Setup, found: Found | None) -> "Run":
     """The run at its start, or at a checkpoint; every worker calls it."""
     config, world_size = setup.config, dist.get_world_size()
-    torch.manual_seed(config.seed)
-    model = rmt_core.build(setup.description).train()
-    choose_trained(model, config.model)
     universal = found is not None and checkpoints.needs_conversion(found.progress, world_size)
-    engine = engines.start_engine(model, config, engines.deepspeed_config(config, world_size, universal=universal))
+    given = engines.deepspeed_config(config, world_size, universal=universal)
+    engine = engines.start_engine(setup.model, config, given)
     run = Run(setup, engine)
     if found is not None:
         run.restore(*found)
@@ -237,6 +249,7 @@ class Run:
             state = rmt_core.state.detach(engine.module.model.init_state(len(setup.numbers)))
             self.state = rmt_core.state.tree_map(torch.clone, state)
         self.step = self.stage = self.num_segments = 0  # the last: of the latest window
+        self.checkpoint_s: float | None = None  # what a checkpoint took since the last line of metrics
         self._seed()
 
     @contextlib.contextmanager
@@ -263,7 +276,8 @@ class Run:
         config, every = self.config, self.config.report
         journal = Journal(config.output, self.step) if self.rank == 0 else None
         if self.rank == 0:
-            monitor.begin.remote(self.world_size, self.step)
+            workers = f"{self.world_size} worker{'s' * (self.world_size > 1)}"
+            monitor.note.remote(f"training with {workers} from step {self.step}")
         bell = Bell(lambda: bool(ray.get(monitor.is_stopping.remote())))
         began, saved = time.monotonic(), self.step if self.step else -1
         metrics: dict[str, Any] = {}
@@ -282,9 +296,12 @@ class Run:
                 answer_loss = metrics["answer_loss"]
             self.stage = next_stage(config.curriculum, self.stage, self.step, answer_loss)
             due = stop or self.step % every.checkpoint_every == 0 or self.step == config.num_steps
-            if (due or (look and bell.is_new(ray.train.get_preemption_info()))) and saved != self.step:
+            is_announced = not due and look and bell.is_new(ray.train.get_preemption_info())
+            if (due or is_announced) and saved != self.step:
                 self.save(metrics)
                 saved, began = self.step, time.monotonic()
+                if is_announced and self.rank == 0:
+                    monitor.note.remote(f"a node is about to be taken away: there is a checkpoint of step {self.step}")
             if stop:
                 return
 
@@ -320,6 +337,8 @@ class Run:
     def _metrics(self, elapsed_s: float) -> dict[str, Any]:
         """What the next line of metrics says; every worker calls it."""
         sums = self.sums.metrics(elapsed_s)
+        saved = {} if self.checkpoint_s is None else {"checkpoint_s": self.checkpoint_s}
+        self.checkpoint_s = None
         return {
             "step": self.step,
             "stage": self.stage,
@@ -328,15 +347,18 @@ class Run:
             **sums,
             "gradient_norm": _number(self.engine.get_global_grad_norm()),
             **self.instruments.figures(sums["tokens_per_s"]),
+            **saved,
             "num_workers": self.world_size,
         }
 
     def save(self, metrics: dict[str, Any]) -> None:
         """A checkpoint of this step, handed to Ray, which stores it and counts it once all of it is there."""
+        began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             self.write(Path(name))
             reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
+        self.checkpoint_s = time.monotonic() - began
 
     def write(self, folder: Path) -> None:
         """This worker's part of a checkpoint of this step; every worker calls it, and all parts make one directory."""

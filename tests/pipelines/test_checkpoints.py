@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.config import InputError, build
 from pipelines.data.books import BookStore
@@ -95,18 +96,45 @@ def memory(folder: Path) -> dict[int, torch.Tensor]:
     return dict(enumerate(part.memory.unbind(0)))
 
 
+def test_a_run_of_this_process_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the long tests show for all stages and numbers of workers, for one worker under ZeRO 2."""
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():  # as Ray Train sets them
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        whole = run_of(settings(2), None)
+        for step in range(STEPS):
+            if step == MIDDLE:
+                whole.write(tmp_path / "middle")
+            whole.advance()
+        whole.write(tmp_path / "whole")
+        rest = run_of(settings(2), tmp_path / "middle")
+        while rest.step < STEPS:
+            rest.advance()
+        rest.write(tmp_path / "rest")
+    finally:
+        torch.distributed.destroy_process_group()
+    check_same_to_the_bit(tmp_path / "rest", tmp_path / "whole", tmp_path / "middle")
+
+
+def check_same_to_the_bit(rest: Path, whole: Path, middle: Path) -> None:
+    """Weights, memories and cursors of two checkpoints of the same step; the run has moved since `middle`."""
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(rest)[name], tensor), name
+    assert any(not torch.equal(weights(middle)[name], tensor) for name, tensor in weights(whole).items())
+    for lane, state in memory(whole).items():
+        assert torch.equal(memory(rest)[lane], state)
+    for part in sorted(whole.glob("worker_*.json")):
+        assert json.loads(part.read_text()) == json.loads((rest / part.name).read_text())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_same_number_of_workers_goes_on_to_the_bit(runs: Path, stage: int, num_workers: int) -> None:
     folder = runs / f"zero{stage}"
     rest, whole = folder / f"rest{num_workers}on{num_workers}", folder / f"whole{num_workers}"
-    for name, tensor in weights(whole).items():
-        assert torch.equal(weights(rest)[name], tensor), name
-    for lane, state in memory(whole).items():
-        assert torch.equal(memory(rest)[lane], state)
-    for part in sorted(whole.glob("worker_*.json")):
-        assert json.loads(part.read_text()) == json.loads((rest / part.name).read_text())
+    check_same_to_the_bit(rest, whole, folder / f"middle{num_workers}")
 
 
 @pytest.mark.long
@@ -178,3 +206,28 @@ def test_what_changed_is_named() -> None:
     wider["model"]["backbone"]["hidden_size"] = 99
     with pytest.raises(InputError, match="the model's backbone.hidden_size 32 -> 99"):
         check_same(old, wider, "it")
+
+
+def test_a_backbone_is_known_by_its_weights_wherever_it_lies(tmp_path: Path) -> None:
+    store = BookStore(48)
+    shape = LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(shape)
+
+    def identity(place: str) -> dict[str, Any]:
+        config = settings(2, model={"backbone": str(tmp_path / place), "train": "memory"})
+        return identity_of(config, store, model_config(config, store.load_tokenizer(), store.segment_len))
+
+    backbone.save_pretrained(tmp_path / "one")
+    backbone.save_pretrained(tmp_path / "moved")
+    check_same(identity("one"), identity("moved"), "it")
+    with torch.no_grad():
+        backbone.lm_head.weight[3, 3] += 1e-3
+    backbone.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="the model's weights [0-9a-f]{16}... -> [0-9a-f]{16}"):
+        check_same(identity("one"), identity("other"), "it")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="other' holds no weights"):
+        identity("other")

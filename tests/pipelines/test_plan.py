@@ -80,7 +80,7 @@ def test_a_part_trained_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["model.backbone", "nowhere"], "nowhere does not exist"),
+        (["model.backbone", "nowhere"], "nowhere' is not a directory"),
         (["--data", "nowhere"], "nowhere"),
         (["report.probe_data", "nowhere"], "without report.probe_every"),
         (["model.lora.rank", "4"], "model.lora is set with model.train everything"),

@@ -107,7 +107,19 @@ def test_other_settings_on_the_same_output_are_refused_by_name(finished: Path) -
         train.train(config(finished, resume="never"))
 
 
-@pytest.mark.slow
+def test_a_run_cannot_begin_at_the_last_step_of_another(finished: Path, tmp_path: Path) -> None:
+    last = max(finished.glob("checkpoint_*/progress.json"), key=lambda path: json.loads(path.read_text())["step"])
+    with pytest.raises(InputError, match="is of the last step, 48: nothing is left to do"):
+        train.train(config(tmp_path / "run", resume=str(last.parent)))
+
+
+def test_a_list_of_checkpoints_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    (tmp_path / train.REGISTRY).write_text('{"checkpoint_results": [')
+    with pytest.raises(InputError, match="is not whole.*--resume"):
+        train.train(config(tmp_path))
+
+
+@pytest.mark.long
 def test_stopped_by_ctrl_c_and_gone_on_with_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
@@ -134,7 +146,7 @@ def test_stopped_by_ctrl_c_and_gone_on_with_equals_uninterrupted(finished: Path,
         assert line["loss"] == wanted["loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_learn_what_one_does(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.train(config(run, workers={"num_workers": 2, "zero_stage": 2, "cpus": 0.5}))
