@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import rmt_core
-from tests.scenarios.site import Site
+from tests.scenarios.site import Site, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]
 
-NUM_STEPS, EVERY = 1200, 20
+NUM_STEPS, EVERY = 1000, 20
 SETTINGS = [
     *["--batch-size", "6", "--segment-len", "64", "model.width", "96", "model.feed_forward_width", "256"],
     *["curriculum.num_segments", "4", "curriculum.steps", str(NUM_STEPS), "curriculum.vary", "no"],
@@ -74,7 +74,7 @@ def test_an_announced_loss_is_saved_in_time(story: Story) -> None:
     known, node = len(story.site.starts), story.nodes.pop()
     story.site.announce(node, seconds=12.0)
     step = story.site.wait_for_announcement()
-    assert story.site.saved >= step
+    wait_until(lambda: story.site.saved >= step, f"the checkpoint of step {step}")
     assert len(story.site.starts) == known
     story.goes_on(1, known)
     story.site.remove_node(node)
