@@ -23,7 +23,8 @@ from pipelines.training.engine import parameter_groups, segments_of
 from pipelines.training.footprint import footprint
 from pipelines.training.live_bytes import LiveBytes
 from pipelines.training.settings import TrainConfig, learning_rate, model_config
-from pipelines.training.worker import Run, fresh_model, make_lanes, open_store, set_up, start_run
+from pipelines.training.weights import fresh_model
+from pipelines.training.worker import Run, make_lanes, open_store, set_up, start_run
 
 
 def bare(config: TrainConfig) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def bare(config: TrainConfig) -> dict[str, Any]:
     tokenizer = store.load_tokenizer()
     lanes = Lanes(make_lanes(config, store, tokenizer), store.segment_len)
     device = torch.device("cuda" if config.workers.use_gpu else "cpu")
-    model = fresh_model(config, model_config(config, tokenizer, store.segment_len)).to(device)
+    description = model_config(config, tokenizer, store.segment_len)
+    model = fresh_model(description, config.model, config.seed).to(device)
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2))
     state = rmt_core.state.detach(model.init_state(config.batch_size))

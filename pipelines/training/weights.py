@@ -22,6 +22,17 @@ _ADAPTER = "default"  # peft's own name for the one adapter of a map
 _BASE = "base_layer"  # under which peft keeps the map that it stands around
 
 
+def fresh_model(description: rmt_core.ModelConfig, settings: ModelSettings, seed: int) -> rmt_core.RecurrentModel:
+    """The model as a run begins with it, equal on every worker. InputError where a directory's weights do not fit."""
+    torch.manual_seed(seed)
+    try:
+        model = rmt_core.build(description).train()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    choose_trained(model, settings)
+    return model
+
+
 def choose_trained(model: rmt_core.RecurrentModel, settings: ModelSettings) -> None:
     """Freeze what the run does not train, and put adapters where it trains those. InputError where nothing is left.
 

@@ -43,7 +43,7 @@ from pipelines.training.records import Journal, Sums
 from pipelines.training.settings import TrainConfig, learning_rate, model_config, next_stage, num_segments_at
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.tracking import Tracker, start_trackers
-from pipelines.training.weights import choose_trained, load_trained
+from pipelines.training.weights import fresh_model, load_trained
 
 
 def open_store(config: TrainConfig) -> Store:
@@ -195,24 +195,13 @@ def set_up(config: TrainConfig) -> Setup:
     store = open_store(config)
     tokenizer = store.load_tokenizer()
     description = model_config(config, tokenizer, store.segment_len)
-    model = fresh_model(config, description)
+    model = fresh_model(description, config.model, config.seed)
     lanes = make_lanes(config, store, tokenizer)
     numbers = list(range(len(lanes)))[dist.get_rank() :: dist.get_world_size()]
     mine = data.Lanes([lanes[number] for number in numbers], store.segment_len)
     identity = identity_of(config, store, description)
     texts = probe_texts(config, store, tokenizer)
     return Setup(config, numbers, mine, description, model, tokenizer, identity, texts)
-
-
-def fresh_model(config: TrainConfig, description: rmt_core.ModelConfig) -> rmt_core.RecurrentModel:
-    """The model as a run begins with it, equal on every worker. InputError where a directory's weights do not fit."""
-    torch.manual_seed(config.seed)
-    try:
-        model = rmt_core.build(description).train()
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    choose_trained(model, config.model)
-    return model
 
 
 def start_run(setup: Setup, found: Found | None) -> "Run":
