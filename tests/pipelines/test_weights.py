@@ -12,7 +12,14 @@ import transformers
 import rmt_core
 from pipelines.config import InputError
 from pipelines.training.settings import LoraSettings, ModelSettings
-from pipelines.training.weights import choose_trained, linear_maps, load_trained, plain_tensors, save_backbone
+from pipelines.training.weights import (
+    choose_trained,
+    fresh_model,
+    linear_maps,
+    load_trained,
+    plain_tensors,
+    save_backbone,
+)
 from rmt_core.checkpoint import save_tensors, tensors_of
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -156,6 +163,15 @@ def test_the_backbone_alone_is_a_hugging_face_directory(tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(tokens()).logits, model.backbone.lm.eval()(tokens()).logits)
+
+
+def test_a_backbones_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    build("llama", "float32").backbone.lm.save_pretrained(tmp_path)
+    settings, described = ModelSettings(backbone=str(tmp_path)), rmt_core.ModelConfig(backbone=str(tmp_path))
+    assert fresh_model(described, settings, seed=0).training
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('layers": 2', 'layers": 3'))
+    with pytest.raises(InputError, match="do not fit its config.json"):
+        fresh_model(described, settings, seed=0)
 
 
 LOAD_WITHOUT = """
