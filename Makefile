@@ -9,8 +9,8 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 
 # Idle OpenMP threads must sleep: two cores are shared by Ray's workers and the tests.
-test test-long demo: export OMP_NUM_THREADS ?= 1
-test test-long demo: export OMP_WAIT_POLICY ?= PASSIVE
+test test-long test-harness demo: export OMP_NUM_THREADS ?= 1
+test test-long test-harness demo: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## list the targets
@@ -37,6 +37,17 @@ test: $(STAMP) ## run the tests, all but the long ones; TEST_WORKERS=n takes n p
 test-long: $(STAMP) ## run the long tests: every kind learns and compiles, jobs are killed and go on, servers under load
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m long $(PYTEST_ARGS)
 
+# Apart from .venv: it brings scikit-learn, which transformers imports wherever it is, and so would slow every process.
+HARNESS := .venv/harness
+
+$(HARNESS)/.installed: requirements-harness.lock $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(HARNESS) -r requirements-harness.lock
+	@touch $@
+
+.PHONY: test-harness
+test-harness: $(HARNESS)/.installed ## run the tests that need lm-evaluation-harness, which this installs
+	PYTHONPATH=$(HARNESS) $(PY) -m pytest tests/pipelines/test_harness.py $(PYTEST_ARGS)
+
 .PHONY: check
 check: $(STAMP) ## lint, formatting, types
 	.venv/bin/ruff check .
@@ -52,20 +63,27 @@ demo: $(STAMP) ## prepare, train, evaluate and summarise on the embedded books
 TORCH ?= 2.13.0
 
 .PHONY: lock
-lock: ## write requirements.lock anew; TORCH=x.y.z moves torch
+lock: ## write both locks anew; TORCH=x.y.z moves torch
 	@[ -n "$(PYTHON)" ] && { [ -x $(PY) ] || $(PYTHON) -m venv .venv; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
 		--report .venv/resolved.json '.[train,serve,tracking,rouge,dev]' 'torch==$(TORCH)'
-	$(PY) -c "$$WRITE_LOCK" > requirements.lock.new
+	$(PY) -c "$$WRITE_LOCK" "Every version pinned, for Python 3.11 on Linux." /dev/null > requirements.lock.new
+	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
+		--report .venv/resolved.json -r requirements.lock.new '.[harness]'
+	$(PY) -c "$$WRITE_LOCK" "What lm-evaluation-harness needs besides requirements.lock." requirements.lock.new \
+		> requirements-harness.lock.new
 	mv requirements.lock.new requirements.lock
+	mv requirements-harness.lock.new requirements-harness.lock
 
 define WRITE_LOCK
-import json
+import json, sys
+headline, without = sys.argv[1:]
+known = {line.split("==")[0] for line in open(without)}
 items = [item["metadata"] for item in json.load(open(".venv/resolved.json"))["install"]]
 pins = {item["name"].lower().replace("_", "-"): item["version"].split("+")[0] for item in items}
-print("# Every version pinned, for Python 3.11 on Linux. Written by `make lock`; change pyproject.toml, not this file.")
-for name in sorted(pins):
-    if name != "rmt-ray" and not name.startswith(("nvidia-", "cuda-", "triton")):
+print(f"# {headline} Written by `make lock`; change pyproject.toml, not this file.")
+for name in sorted(pins.keys() - known - {"rmt-ray"}):
+    if not name.startswith(("nvidia-", "cuda-", "triton")):
         print(f"{name}=={pins[name]}")
 endef
 lock: export WRITE_LOCK := $(WRITE_LOCK)

@@ -11,6 +11,7 @@ EXTRAS = {
     "serve": ("boto3", "fastapi", "redis", "uvicorn"),
     "tracking": ("mlflow", "wandb"),
     "rouge": ("rouge_score",),
+    "harness": ("lm_eval",),
 }
 
 

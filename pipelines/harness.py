@@ -13,7 +13,6 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import importlib.util
 import json
 import logging
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import pydantic
 import rmt_core
 from pipelines import storage
 from pipelines.config import Config, InputError, run_job, split_commas
+from pipelines.extras import require_extra
 from pipelines.tasks.harness import as_harness_model
 from pipelines.tasks.running import load
 
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: HarnessConfig) -> dict[str, Any]:
     """Runs the tasks; their metrics. Raises InputError."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("harness needs lm_eval, which is not installed; run: pip install 'lm-eval>=0.4.13'")
+    require_extra("harness", job="harness")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

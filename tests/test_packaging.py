@@ -16,7 +16,10 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-LOCK = [line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+LOCK, HARNESS_LOCK = (
+    [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    for name in ("requirements.lock", "requirements-harness.lock")
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +82,20 @@ def test_a_console_script_resolves(name: str) -> None:
     assert callable(EntryPoint(name, PROJECT["scripts"][name], "console_scripts").load())
 
 
-def test_the_lock_pins_exact_public_versions() -> None:
-    for line in LOCK:
+def test_the_locks_pin_exact_public_versions() -> None:
+    for line in LOCK + HARNESS_LOCK:
         requirement = Requirement(line)
         (pin,) = requirement.specifier
         assert pin.operator == "==", line
         assert not {"+", "*"} & set(pin.version), f"{line}: a build label or wildcard does not install elsewhere"
         assert requirement.url is None, line
-    names = [canonicalize_name(Requirement(line).name) for line in LOCK]
+    names = [canonicalize_name(Requirement(line).name) for line in LOCK + HARNESS_LOCK]
     assert len(names) == len(set(names))
     assert "rmt-ray" not in names
 
 
-def test_the_lock_satisfies_every_requirement() -> None:
-    pins = {canonicalize_name(Requirement(line).name): line.split("==")[1] for line in LOCK}
+def test_the_locks_satisfy_every_requirement() -> None:
+    pins = {canonicalize_name(Requirement(line).name): line.split("==")[1] for line in LOCK + HARNESS_LOCK}
     extras = PROJECT["optional-dependencies"].values()
     for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]:
         wanted = Requirement(text)

@@ -19,7 +19,7 @@ from tests.rmt_core.tiny import MEMORIES, tiny_model
 
 BYTES = ByteTokenizer()
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: pip install lm-eval"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: run make test-harness"
 )
 
 LONG = (
