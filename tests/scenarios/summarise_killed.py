@@ -48,16 +48,11 @@ def below(pid: int) -> Iterator[tuple[int, str]]:
                 yield child, Path(f"/proc/{child}/cmdline").read_text()
 
 
-def kill_one(process: "subprocess.Popen[str]", name: str) -> bool:
-    """Kills the process's `name`; whether there was one."""
+def victim(process: "subprocess.Popen[str]", name: str) -> int | None:
+    """The process id of the command itself, its worker or its node; None where there is none (yet)."""
     if name == "command":
-        process.kill()
-        process.wait()
-        return True
-    found = [pid for pid, words in below(process.pid) if VICTIMS[name] in words]
-    for pid in found[:1]:
-        os.kill(pid, signal.SIGKILL)
-    return bool(found)
+        return process.pid
+    return next((pid for pid, words in below(process.pid) if VICTIMS[name] in words), None)
 
 
 def run(output: Path, runs: Runs, num_kills: int, draw: random.Random) -> dict[str, int]:
@@ -65,18 +60,20 @@ def run(output: Path, runs: Runs, num_kills: int, draw: random.Random) -> dict[s
     killed = dict.fromkeys(VICTIMS, 0)
     process, starts = runs.start(output), 1
     while sum(killed.values()) < num_kills:
-        end = time.monotonic() + draw.uniform(2, 25)
-        while time.monotonic() < end and process.poll() is None:
+        name = draw.choice(list(VICTIMS))
+        while (pid := victim(process, name)) is None and process.poll() is None:
             time.sleep(0.05)
+        time.sleep(draw.uniform(0, 12 if name == "command" else 4))
         if process.poll() == 0:
             print("done before it was killed often enough", file=sys.stderr)
             break
-        name = draw.choice(list(VICTIMS))
-        if process.poll() is None and kill_one(process, name):
-            killed[name] += 1
-            print(f"killed the {name}; {len(summarise.blocks(output))} blocks committed", file=sys.stderr)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(120 if name == "node" else 3)
+        if process.poll() is None and pid is not None:
+            with suppress(ProcessLookupError):  # gone meanwhile
+                os.kill(pid, signal.SIGKILL)
+                killed[name] += 1
+                print(f"killed the {name}; {len(summarise.blocks(output))} blocks committed", file=sys.stderr)
+        if name != "worker":
+            process.communicate()  # a job whose node has died ends by itself
         if process.poll() is not None:
             process, starts = runs.start(output), starts + 1
     process.communicate()
