@@ -63,7 +63,7 @@ def run(output: Path, runs: Runs, num_kills: int, draw: random.Random) -> dict[s
         name = draw.choice(list(VICTIMS))
         while (pid := victim(process, name)) is None and process.poll() is None:
             time.sleep(0.05)
-        time.sleep(draw.uniform(0, 12 if name == "command" else 4))
+        time.sleep(draw.uniform(0, 8 if name == "worker" else 20))  # of starting, planning and working
         if process.poll() == 0:
             print("done before it was killed often enough", file=sys.stderr)
             break
