@@ -3,7 +3,6 @@
 import gzip
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +15,8 @@ from pipelines.data import catalogue
 from pipelines.data.batches import Failed, batches
 from pipelines.data.read import SUFFIXES
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.stores import retry
 
-from .faulty_s3 import Fault, FaultyS3, faulty_s3
+from .faulty_s3 import Fault, FaultyS3
 
 TEXT = "some words, " * 2000
 GET = r"^GET /\S+/a\."
@@ -26,24 +24,12 @@ OUTAGES = [Fault("status", GET, times=999), Fault("cut", GET, times=999)]
 REFUSAL = Fault("status", r"^(GET|HEAD) /\S+/a\.", times=999, status=403, code="AccessDenied")
 
 
-@pytest.fixture(scope="module")
-def server(s3_bucket: str) -> Iterator[FaultyS3]:
-    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
-    server.plan()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    monkeypatch.setattr(retry.Backoff, "pause_s", lambda self, number: 0.01)
-    return server
-
-
 @pytest.fixture(params=SUFFIXES)
-def uri(request: pytest.FixtureRequest, proxy: FaultyS3, s3_bucket: str, tmp_path: Path) -> str:
+def uri(
+    request: pytest.FixtureRequest, proxy: FaultyS3, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """A file of each kind, with one document."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     path = tmp_path / f"a{request.param}"
     match request.param:
         case ".txt":

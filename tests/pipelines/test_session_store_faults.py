@@ -1,33 +1,16 @@
 """Sessions on an S3 that fails: what may pass is tried again, and an answer that is lost is no conflict."""
 
-import os
 import uuid
-from collections.abc import Iterator
 
 import pytest
 
 from pipelines import storage
 from pipelines.serving.store import ConflictError, Store, open_store
-from pipelines.stores import retry
 
-from .faulty_s3 import Fault, FaultyS3, faulty_s3
+from .faulty_s3 import Fault, FaultyS3
 
 NAME = "group/part"
 GET, PUT = r"^GET /\S+/part", r"^PUT "
-
-
-@pytest.fixture(scope="module")
-def server(s3_bucket: str) -> Iterator[FaultyS3]:
-    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
-    server.plan()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setattr(retry.Backoff, "pause_s", lambda self, number: 0.01)
-    return server
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs
@@ -16,9 +15,9 @@ import pytest
 
 from pipelines import storage
 from pipelines.config import InputError
-from pipelines.stores import retry, steady
+from pipelines.stores import steady
 
-from .faulty_s3 import Fault, FaultyS3, faulty_s3
+from .faulty_s3 import Fault, FaultyS3
 
 BUCKET = "rmt-tests"  # of the fixture s3_bucket
 
@@ -32,21 +31,6 @@ def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.importorskip("s3fs")
     monkeypatch.setenv("RMT_S3_CLIENT", request.param)
     return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def server(s3_bucket: str) -> Iterator[FaultyS3]:
-    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> FaultyS3:
-    """A server that does as planned, and a client that pauses little."""
-    server.plan()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setattr(retry.Backoff, "pause_s", lambda self, number: 0.01)
-    return server
 
 
 @pytest.fixture
