@@ -3,6 +3,7 @@
     progress.json               the step, the curriculum's stage, the number of workers, the run's identity
     worker_00000.json           cursors of the lanes of worker 0, by the lanes' global numbers
     worker_00000.safetensors    memory state of each of its lanes, its random states, sums behind the next metrics
+    worker_00000.sha256         checksums of the files that worker 0 wrote
     deepspeed/engine/           weights and optimiser, as DeepSpeed writes them: pickles
     model/                      the portable model
 

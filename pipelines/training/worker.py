@@ -165,7 +165,7 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
     fault: str | None = None
     try:
         prepared = work()
-    except InputError as error:
+    except (InputError, storage.RefusedError, storage.DamagedError) as error:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
@@ -217,11 +217,17 @@ def start_run(setup: Setup, found: Found | None) -> "Run":
 
 
 def _checkpoint(config: TrainConfig, stack: contextlib.ExitStack) -> Path | None:
-    """The run's last checkpoint, or the one that `resume` names, if there is one."""
+    """The run's last checkpoint, or the one that `resume` names, if there is one; DamagedError where it was altered."""
     checkpoint, named = ray.train.get_checkpoint(), config.resume
     if checkpoint is not None:
-        return Path(stack.enter_context(checkpoint.as_directory()))
-    return None if named in ("auto", "never") else stack.enter_context(storage.local_directory(named))
+        folder, where = Path(stack.enter_context(checkpoint.as_directory())), checkpoint.path
+    elif named not in ("auto", "never"):
+        folder, where = stack.enter_context(storage.local_directory(named)), named
+    else:
+        return None
+    if os.environ["LOCAL_RANK"] == "0":  # once a machine
+        storage.check_sums(folder, where)
+    return folder
 
 
 class Run:
@@ -345,6 +351,7 @@ class Run:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             self.write(Path(name))
+            storage.seal(Path(name), part=f"worker_{self.rank:05d}")
             reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
         self.checkpoint_s = time.monotonic() - began
