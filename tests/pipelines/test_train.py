@@ -1,7 +1,9 @@
 """The training job: what it refuses, what it writes, and that stopping and going on changes nothing."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -9,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 import torch
 from safetensors.torch import load_file
 
 import rmt_core
-from pipelines import train
+from pipelines import storage, train
 from pipelines.config import InputError, build
 from pipelines.data.tokenise import load_tokenizer
+from pipelines.training import worker
 from pipelines.training.settings import (
     CurriculumSettings,
     OptimizerSettings,
@@ -95,6 +99,26 @@ def test_a_finished_run_is_left_alone(finished: Path) -> None:
     result = train.train(config(finished))
     assert result["checkpoint"] == str(finished / "model")
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_checkpoints_are_sealed_and_an_altered_one_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = max(path for path in finished.glob("checkpoint_*") if path.is_dir())
+    files = [path for path in last.rglob("*") if path.is_file()]
+    assert storage.check_sums(last, str(last)) == len(files) - 1  # all but the checksums themselves
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    settings = config(tmp_path, resume=str(tmp_path / "copy"))
+    for name, says in (("worker_00000.json", "damaged"), ("progress.json", "incomplete")):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(last, tmp_path / "copy")
+        with contextlib.ExitStack() as stack:
+            assert worker._checkpoint(settings, stack) == tmp_path / "copy"
+        altered = tmp_path / "copy" / name
+        altered.write_bytes(altered.read_bytes() + b" ") if says == "damaged" else altered.unlink()
+        with contextlib.ExitStack() as stack, pytest.raises(storage.DamagedError, match=f"copy is {says}: {name}"):
+            worker._checkpoint(settings, stack)
 
 
 def test_other_settings_on_the_same_output_are_refused_by_name(finished: Path) -> None:
