@@ -66,7 +66,7 @@ TORCH ?= 2.13.0
 lock: ## write both locks anew; TORCH=x.y.z moves torch
 	@[ -n "$(PYTHON)" ] && { [ -x $(PY) ] || $(PYTHON) -m venv .venv; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
-		--report .venv/resolved.json '.[train,serve,tracking,rouge,dev]' 'torch==$(TORCH)'
+		--report .venv/resolved.json '.[train,serve,tracking,rouge,s3fs,dev]' 'torch==$(TORCH)'
 	$(PY) -c "$$WRITE_LOCK" "Every version pinned, for Python 3.11 on Linux." /dev/null > requirements.lock.new
 	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
 		--report .venv/resolved.json -r requirements.lock.new '.[harness]'

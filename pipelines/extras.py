@@ -11,6 +11,7 @@ EXTRAS = {
     "serve": ("boto3", "fastapi", "redis", "uvicorn"),
     "tracking": ("mlflow", "wandb"),
     "rouge": ("rouge_score",),
+    "s3fs": ("s3fs",),
     "harness": ("lm_eval",),
 }
 
