@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from pipelines.tasks.harness import as_harness_model, writing_of
 from rmt_core import RecurrentModel, Sampling
 from tests.rmt_core.tiny import MEMORIES, tiny_model
 
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 BYTES = ByteTokenizer()
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: run make test-harness"
@@ -135,6 +137,23 @@ def test_tasks_in_files_run_offline(model: RecurrentModel, tmp_path: Path, capsy
     assert ("mine_writing", "exact_match") in found
     assert harness.main(words) == 0  # measured already
     assert json.loads(capsys.readouterr().out)["metrics"] == json.loads(printed)["metrics"]
+
+
+@needs_harness
+@pytest.mark.long
+def test_the_readmes_command_runs(
+    model: RecurrentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = (line for line in README.splitlines() if line.startswith("python pipelines/harness.py "))
+    (tmp_path / "my-tasks").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"question": "Is it?", "answer": 0}\n')
+    task = TASK.format(name="mine", kind="multiple_choice", data=tmp_path / "rows.jsonl") + CHOICE
+    (tmp_path / "my-tasks" / "mine.yaml").write_text(task)
+    rmt_core.save(tmp_path / "runs" / "first" / "model", model, BYTES)
+    monkeypatch.chdir(tmp_path)
+    assert harness.main(shlex.split(line)[2:]) == 0
+    assert {found["task"] for found in json.loads(capsys.readouterr().out)["metrics"]} == {"mine"}
+    assert (tmp_path / "runs" / "first-harness").is_dir()
 
 
 @needs_harness
