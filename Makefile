@@ -9,8 +9,8 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 
 # Idle OpenMP threads must sleep: two cores are shared by Ray's workers and the tests.
-test test-long test-harness demo: export OMP_NUM_THREADS ?= 1
-test test-long test-harness demo: export OMP_WAIT_POLICY ?= PASSIVE
+test test-long test-scenarios test-harness demo: export OMP_NUM_THREADS ?= 1
+test test-long test-scenarios test-harness demo: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## list the targets
@@ -31,7 +31,11 @@ PYTEST := $(PY) -m pytest -n $(TEST_WORKERS)
 
 .PHONY: test
 test: $(STAMP) ## run the tests, all but the long ones; TEST_WORKERS=n takes n processes
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long and not scenario" $(PYTEST_ARGS)
+
+.PHONY: test-scenarios
+test-scenarios: $(STAMP) ## run those that take minutes each: jobs through losses, submitted, over two hosts, measured
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m scenario $(PYTEST_ARGS)
 
 .PHONY: test-long
 test-long: $(STAMP) ## run the long tests: every kind learns and compiles, jobs are killed and go on, servers under load

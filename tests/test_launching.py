@@ -24,7 +24,7 @@ TRAIN = (
     "report.log_every 1 report.checkpoint_every 100000"
 ).split()
 
-pytestmark = [pytest.mark.long, pytest.mark.ray]
+pytestmark = [pytest.mark.scenario, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ TRAIN = (
     "report.log_every 5 report.checkpoint_every 50 workers.num_workers 1,2"
 ).split()
 
-pytestmark = [pytest.mark.long, pytest.mark.ray]
+pytestmark = [pytest.mark.scenario, pytest.mark.ray]
 
 
 @pytest.mark.timeout(900)

@@ -46,7 +46,7 @@ def run_bare(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_core_runs_on_a_bare_machine_and_its_last_line_is_json() -> None:
     found = run_bare("core")
     assert found["masked_attention_calls"] == 0
@@ -59,7 +59,7 @@ def test_core_runs_on_a_bare_machine_and_its_last_line_is_json() -> None:
     assert len(found["streams"]) == 2
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_memory_runs_on_a_bare_machine_and_its_last_line_is_json() -> None:
     found = run_bare("memory")
     assert found["promises"]["replay_equals_full"]

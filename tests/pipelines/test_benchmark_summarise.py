@@ -24,7 +24,7 @@ def test_what_is_lost_doubled_or_other_is_counted() -> None:
     assert found == {"num_rows": 4, "num_lost": 1, "num_doubled": 1, "num_wrong_status": 1, "num_other_summaries": 2}
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 @pytest.mark.ray
 def test_it_runs_and_keeps_its_promises_in_small() -> None:
     command = [sys.executable, str(ROOT / "pipelines" / "benchmark.py"), "summarise", "--quick"]

@@ -42,7 +42,7 @@ def test_the_command_is_given_the_same_settings_as_the_loop(given: dict[str, obj
     assert parse(TrainConfig, words, prog="train", description="")[0] == build(TrainConfig, given)
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_train_runs_and_its_ways_give_one_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["train", "--quick"]) == 0
     printed = capsys.readouterr()

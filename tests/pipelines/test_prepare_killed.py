@@ -77,18 +77,18 @@ def kill_with_its_ray(process: "subprocess.Popen[str]") -> None:
 def kill_a_worker(process: "subprocess.Popen[str]") -> None:
     """SIGKILL to a process that works on a unit."""
 
-    def workers() -> list[psutil.Process]:
-        found = []
+    def killed() -> bool:
         for child in psutil.Process(process.pid).children(recursive=True):
             try:
-                if child.cmdline()[:1] and "ray::" in child.cmdline()[0] and "Map(" in child.cmdline()[0]:
-                    found.append(child)
+                title = " ".join(child.cmdline())
+                if "ray::" in title and "Map(" in title:  # the title that it has only while it works
+                    child.kill()
+                    return True
             except psutil.Error:  # it has just ended
                 continue
-        return found
+        return False
 
-    wait_until(process, lambda: bool(workers()))
-    workers()[0].kill()
+    wait_until(process, killed)
 
 
 def files(output: Path) -> dict[str, bytes]:

@@ -249,7 +249,7 @@ def test_again_does_nothing_and_other_settings_are_refused(
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_several_workers_give_the_same_sampled_rows(
     local_ray: None, model: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,7 +514,7 @@ def wait_for(process: "subprocess.Popen[str]", true: Callable[[], object]) -> No
     wait_until(ended)
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 @pytest.mark.ray
 def test_killed_anywhere_the_same_command_completes_it(
     model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

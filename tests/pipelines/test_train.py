@@ -170,7 +170,7 @@ def test_stopped_by_ctrl_c_and_gone_on_with_equals_uninterrupted(finished: Path,
         assert line["loss"] == wanted["loss"]
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_two_workers_learn_what_one_does(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.train(config(run, workers={"num_workers": 2, "zero_stage": 2, "cpus": 0.5}))

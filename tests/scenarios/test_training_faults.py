@@ -1,6 +1,6 @@
 """One training run through what happens to runs on spot nodes, each fault a test that goes on from the last.
 
-What each costs is printed; by hand: `python -m pytest tests/scenarios/test_training_faults.py -m long -s`.
+What each costs is printed; by hand: `python -m pytest tests/scenarios/test_training_faults.py -m scenario -s`.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import pytest
 import rmt_core
 from tests.scenarios.site import Site, wait_until
 
-pytestmark = [pytest.mark.long, pytest.mark.ray]
+pytestmark = [pytest.mark.scenario, pytest.mark.ray]
 
 NUM_STEPS, EVERY = 1000, 20
 SETTINGS = [
