@@ -108,7 +108,11 @@ def cluster(place: Place) -> Iterator[Head]:
 # --- the commands -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", PIECES, ids=lambda piece: f"line {piece.line}")
+@pytest.mark.parametrize(
+    "piece",
+    [pytest.param(piece, marks=[pytest.mark.long] if "benchmark.py" in piece.text else []) for piece in PIECES],
+    ids=lambda piece: f"line {piece.line}",
+)
 def test_it_runs(piece: Piece, place: Place, s3_bucket: str, request: pytest.FixtureRequest) -> None:
     if piece.language == "python":
         run([sys.executable, "-c", piece.text], place)

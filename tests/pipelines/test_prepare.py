@@ -518,7 +518,7 @@ def _start(*argv: str | Path, **environment: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.s3
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_s3_to_s3_as_a_command(s3_bucket: str) -> None:
     for name, data in (("in/a.txt", HARD.encode()), ("in/sub/b.jsonl", b'{"text": "b"}\n'), ("in/c.txt", b"\xff")):
         storage.write_bytes(f"{s3_bucket}/prepare/{name}", data)
