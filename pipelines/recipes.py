@@ -42,6 +42,20 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "advance_below": 0.1,
         },
     },
+    # Stories after bAbI's tasks 1 to 5 in book prose, for a pretrained model with memory: give it --model.backbone, and as
+    # --data a store of prose made with its tokenizer. Some tasks are learned long before others, so stages last by steps.
+    "qa": {
+        "batch_size": 32,
+        "model": {"memory": {"kind": "rmt", "num_tokens": 16}},
+        "dataset": {
+            "task_fraction": 1.0,
+            "tasks": [{"task": f"qa{number}"} for number in range(1, 6)],
+            "task_text_weight": 0.0,
+            "task_answer_weight": 1.0,
+        },
+        "optimizer": {"learning_rate": 1e-4},
+        "curriculum": {"num_segments": [1, 2, 3, 4, 6, 8], "steps": [300, 500, 300, 300, 300, 300]},
+    },
     # Teaches a pretrained model with memory to summarise: give it --model.backbone, and as --data a store of texts that
     # end with their summaries (`summary_quality.py --training-texts`, then prepare). The summary stands in the last
     # segments, so windows grow until they hold whole documents, and replay takes its gradient back to the first

@@ -13,6 +13,7 @@ from .memory import MEMORIES
 from .recurrent import IGNORED, Output, RecurrentModel, SegmentBatch, Unrolled, run
 from .roots import joined
 from .seq2seq import Encoded, Seq2SeqBatch, Seq2SeqConfig, Seq2SeqModel, build_seq2seq
+from .skimming import Skimmer
 
 __all__ = [
     "IGNORED",
@@ -34,6 +35,7 @@ __all__ = [
     "Seq2SeqConfig",
     "Seq2SeqModel",
     "Session",
+    "Skimmer",
     "Unrolled",
     "attention_maps",
     "attention_mass",

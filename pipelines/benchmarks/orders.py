@@ -92,7 +92,8 @@ def build(case: Case, device: str, max_positions: int = 8192) -> RecurrentModel:
         max_position_embeddings=max_positions,
     )
     memory = {"kind": "armt", "num_tokens": case.num_memory_tokens}
-    return rmt_core.build(backbone=config, memory=memory, segment_len=case.segment_len).to(device)
+    with torch.device(device):  # a billion weights take half a minute to draw on a CPU
+        return rmt_core.build(backbone=config, memory=memory, segment_len=case.segment_len)
 
 
 def reader(model: RecurrentModel, tokens: Tensor, order: str, learns: bool) -> Callable[[], Tensor]:

@@ -35,10 +35,12 @@ class TaskLane:
         size = len(tokens)
         flat = {name: getattr(window, name)[row].reshape(-1) for name in ("tokens", "labels", "weights", "is_answer")}
         flat["tokens"][:size] = tokens
-        flat["labels"][: size - 1] = tokens[1:]
-        flat["weights"][: size - 1] = self.source.text_weight
+        if self.source.text_weight:  # else the model's head is spared all that counts for nothing
+            flat["labels"][: size - 1] = tokens[1:]
+            flat["weights"][: size - 1] = self.source.text_weight
         for answer in sample.answers:
             asked = slice(answer.at - 1, answer.at - 1 + len(answer.tokens))
+            flat["labels"][asked] = answer.tokens
             flat["weights"][asked] = self.source.answer_weight
             flat["is_answer"][asked] = True
         window.lengths[row] = np.clip(size - segment_len * np.arange(num_segments), 0, segment_len)

@@ -10,7 +10,7 @@ true state from segment to segment; what differs is the state that a segment is 
 Axes: B rows, N tokens of a text, T tokens of a segment, D width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,11 +22,13 @@ import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer
 from pipelines.tasks.held_out import HeldOut
+from pipelines.tasks.texts import in_blocks
 from rmt_core import RecurrentModel
 from rmt_core.state import State
 
 TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
 
+_AHEAD = 2**12  # tokens of a row that are made at once
 _HEAD_FLOATS = 2**24  # logits computed at once: 64 MiB of float32
 
 
@@ -113,21 +115,27 @@ class Part(NamedTuple):
     lengths: Tensor | None  # (B,) int64 real tokens; None where all are
 
 
-def segments(rows: Sequence[Iterator[np.ndarray]], device: torch.device) -> Iterator[Part]:
-    """Texts of any lengths, given in blocks of a segment, segment by segment. A row that has ended has length 0."""
+def segments(rows: Sequence[Iterable[np.ndarray]], segment_len: int, device: torch.device) -> Iterator[Part]:
+    """Texts of any lengths, given in blocks of any size, segment by segment. A row that has ended has length 0."""
+    ahead = segment_len * max(1, _AHEAD // segment_len)  # whole segments, of which many are brought to a device at once
+    blocks = [in_blocks(row, ahead) for row in rows]
     start = 0
     while True:
-        cut = [next(row, None) for row in rows]
-        lengths = [0 if part is None else len(part) for part in cut]
-        if not any(lengths):
+        cut = [next(block, None) for block in blocks]
+        sizes = np.array([0 if part is None else len(part) for part in cut])
+        if not sizes.any():
             return
-        tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)
-        for row, part in zip(tokens, cut, strict=True):
+        padded = np.zeros((len(rows), sizes.max()), dtype=np.int64)
+        for row, part in zip(padded, cut, strict=True):
             if part is not None:
                 row[: len(part)] = part
-        ragged = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
-        yield Part(start, torch.from_numpy(tokens).to(device), ragged)
-        start += tokens.shape[1]  # all but the last are whole segments
+        tokens = torch.from_numpy(padded).to(device)
+        for at in range(0, tokens.shape[1], segment_len):
+            lengths = np.clip(sizes - at, 0, segment_len)
+            longest = int(lengths.max())
+            ragged = None if lengths.min() == longest else torch.from_numpy(lengths).to(device)
+            yield Part(start + at, tokens[:, at : at + longest], ragged)
+        start += ahead
 
 
 def device_of(model: RecurrentModel) -> torch.device:

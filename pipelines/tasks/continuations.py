@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rmt_core
 from pipelines.data.tokenise import Tokenizer
-from pipelines.tasks.base import device_of, logits_in_pieces, segments
+from pipelines.tasks.base import Part, device_of, logits_in_pieces, segments
 from rmt_core import RecurrentModel, Sampling, Session
 from rmt_core.state import State
 
@@ -71,16 +71,15 @@ def _batches(items: Sequence, size: int) -> Iterator[list]:
         yield list(items[start : start + size])
 
 
-def _blocks(model: RecurrentModel, tokens: Tokens) -> Iterator[np.ndarray]:
-    for start in range(0, len(tokens), model.segment_len):
-        yield np.asarray(tokens[start : start + model.segment_len], dtype=np.int64)
+def _parts(model: RecurrentModel, texts: Sequence[Tokens]) -> Iterator[Part]:
+    return segments([[np.asarray(text, dtype=np.int64)] for text in texts], model.segment_len, device_of(model))
 
 
 def _read(model: RecurrentModel, texts: Sequence[Tokens]) -> State:
     """The states after texts of whole segments."""
-    state = model.init_state(len(texts))
-    for part in segments([_blocks(model, text) for text in texts], device_of(model)):
-        _, state = model.step(part.tokens, state, part.lengths)
+    state, skimmer = model.init_state(len(texts)), rmt_core.Skimmer(model)
+    for part in _parts(model, texts):
+        state = skimmer.after(part.tokens, state, part.lengths)
     return state
 
 
@@ -88,7 +87,7 @@ def _scores(model: RecurrentModel, asked: Sequence[Asked], state: State) -> list
     """Scores from the states that the texts so far have left, one a row."""
     texts = [[*one.context, *one.continuation] for one in asked]
     nats, greedy = np.zeros(len(asked)), np.ones(len(asked), dtype=bool)
-    for part in segments([_blocks(model, text[:-1]) for text in texts], device_of(model)):
+    for part in _parts(model, [text[:-1] for text in texts]):
         out, state = model.step(part.tokens, state, part.lengths)
         rows, places, labels = _labels(asked, texts, part.start, part.start + part.tokens.shape[1])
         if not len(rows):

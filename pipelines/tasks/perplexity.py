@@ -29,7 +29,6 @@ from pipelines.tasks.base import (
     memories_for,
     segments,
 )
-from pipelines.tasks.texts import in_blocks
 from rmt_core import RecurrentModel
 
 
@@ -72,8 +71,7 @@ def batch_losses(model: RecurrentModel, texts: np.ndarray, memories: Sequence[st
     labels = torch.from_numpy(texts.astype(np.int64)).to(device)
     losses: dict[str, list[Tensor]] = {memory: [] for memory in memories}
     state = model.init_state(len(texts))
-    rows = [in_blocks([text[:-1]], model.segment_len) for text in texts]
-    for part in segments(rows, device):
+    for part in segments([[text[:-1]] for text in texts], model.segment_len, device):
         asked = labels[:, part.start + 1 : part.start + 1 + part.tokens.shape[1]]
         carried = state
         for memory in memories:

@@ -171,20 +171,22 @@ def batch_marks(
         {memory: [{} for _ in samples] for memory in memories},
     )
     state = model.init_state(len(samples))
-    rows = [texts.in_blocks(_all_but_the_last(sample), model.segment_len) for sample in samples]
-    for part in segments(rows, device):
+    skimmer = rmt_core.Skimmer(model)
+    for part in segments([_all_but_the_last(sample) for sample in samples], model.segment_len, device):
         first, last = np.searchsorted(asked[:, 1], (part.start, part.start + part.tokens.shape[1]))
         here = asked[first:last]
+        if not len(here):
+            state = skimmer.after(part.tokens, state, part.lengths)
+            continue
         carried = state
-        for memory in memories if len(here) else (TRUE,):
+        for memory in memories:
             before = given(memory, carried)
             out, new = model.step(part.tokens, before, part.lengths)
             state = new if memory == TRUE else state
-            if len(here):
-                wrong = here[_chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start) != here[:, 2]]
-                for row, answer in wrong[:, [0, 3]].tolist():
-                    marks.right[memory][row][answer] = False
-                _score(model, samples, part, before, tokenizer, marks.scores[memory])
+            wrong = here[_chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start) != here[:, 2]]
+            for row, answer in wrong[:, [0, 3]].tolist():
+                marks.right[memory][row][answer] = False
+            _score(model, samples, part, before, tokenizer, marks.scores[memory])
     return marks
 
 

@@ -23,9 +23,10 @@ class RMTConfig:
     num_read_tokens: int | None = None  # rows read before the text; None: as many as `num_tokens`
     bidirectional: bool = False  # rows of one memory block see each other both ways
     max_past_memories: int = 0  # past memories kept to retrieve from, the newest ones (RMT-R); 0: no retrieval
+    noise: float = 0.0  # in training only: standard deviation of what is added to the memory, of its root mean square
 
     def __post_init__(self) -> None:
-        at_least(0, self, "num_tokens", "max_past_memories")
+        at_least(0, self, "num_tokens", "max_past_memories", "noise")
         read = self.num_read_tokens
         if read is not None and (type(read) is not int or read < 1):
             raise ValueError(f"memory.num_read_tokens is {read!r}; it must be a whole number, at least 1, or None")
@@ -48,6 +49,10 @@ class RMTMemory(Memory):
     memory and the P newest of those before it. The state is then `{"memory": (B, M, D), "past": (B, P, M, D),
     "count": (B,)}`, the oldest past memory first, zeros behind the `count` valid ones. Published code keeps all of
     them; nothing is detached.
+
+    With `noise`, a segment in training reads and continues its memory with Gaussian noise on it, drawn as dropout is. What
+    is held only loosely is lost then, so that the model learns to restore its memory in every segment; without, nothing
+    in training tells whether small errors grow or shrink over more segments than it reaches. Not in published RMTs.
 
     On an encoder (arXiv:2304.11062, section 2) the memory stands once, before the text, and what comes out of its rows
     is the new state; the options above are for causal backbones.
@@ -84,7 +89,7 @@ class RMTMemory(Memory):
     def enter(self, x: Tensor, state: State, segment: Segment) -> Tensor:
         if segment.stage == "extend":
             return x
-        memory = state if self.retrieval is None else state["memory"]
+        memory = self._disturbed(state if self.retrieval is None else state["memory"])
         read = memory[:, memory.shape[1] - self.num_carried :]
         if self.extra is not None:
             read = torch.cat([read, self.extra(len(read))], dim=1)
@@ -93,6 +98,13 @@ class RMTMemory(Memory):
         writes = segment.writes and not self.stands_once
         text = append_rows(x, memory, segment.lengths) if writes else x
         return torch.cat([read, text], dim=1)  # (B, S, D)
+
+    def _disturbed(self, memory: Tensor) -> Tensor:
+        """The memory (B, M, D), with noise in training."""
+        if not (self.training and self.config.noise):
+            return memory
+        scale = memory.detach().square().mean(-1, keepdim=True).sqrt()
+        return memory + self.config.noise * scale * torch.randn_like(memory)
 
     def around(self, layer: int, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
         if not self.config.bidirectional or segment.stage == "extend":  # a decoded token is no memory row

@@ -61,6 +61,18 @@ def test_a_row_is_a_sample_with_its_answers_weighted(name: str) -> None:
         assert window.segment_index[0].tolist() == list(range(num_segments))
 
 
+def test_text_that_weighs_nothing_is_not_asked_for() -> None:
+    choice = Choice("recall", recall.detect, store_prose(STORE))
+    weighed, bare = (
+        lanes.Lanes([TaskLane(source_of([choice], text_weight=weight), 3)], 64).window(0, 4) for weight in (0.5, 0.0)
+    )
+    for field in ("tokens", "lengths", "reset", "segment_index", "is_answer"):
+        assert np.array_equal(getattr(bare, field), getattr(weighed, field)), field
+    assert bare.is_answer.any()
+    assert np.array_equal(bare.labels, np.where(bare.is_answer, weighed.labels, lanes.IGNORED))
+    assert np.array_equal(bare.weights, np.where(bare.is_answer, weighed.weights, 0))
+
+
 def test_a_text_ends_anywhere_in_the_last_segment_and_asks_for_what_stood_before_it() -> None:
     source, ends = facts(), set()
     for step in range(40):

@@ -14,7 +14,7 @@ from rmt_core import RecurrentModel
 from rmt_core.backbone import Placement
 from rmt_core.memory.base import Segment
 
-from .tiny import FAMILIES, close, tiny_model, tokens_like
+from .tiny import FAMILIES, close, gradients, next_labels, tiny_model, tokens_like
 
 T = 6
 
@@ -178,9 +178,51 @@ def test_the_state_starts_as_the_learned_tokens() -> None:
     assert not close(rows[0], rows[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"num_read_tokens": 2}, {"max_past_memories": 2}])
+def test_noise_stands_on_the_memory_that_a_training_segment_reads_and_continues(options: dict[str, int]) -> None:
+    plain = tiny_model({"kind": "rmt", "num_tokens": 3, **options}, segment_len=T)
+    noisy = tiny_model({"kind": "rmt", "num_tokens": 3, "noise": 0.5, **options}, segment_len=T)
+    tokens, lengths = tokens_like(2, T), torch.tensor([T, 2])
+    _, state = plain.step(tokens_like(2, T, seed=5), plain.init_state(2))
+    memory = state["memory"] if options.get("max_past_memories") else state
+    torch.manual_seed(8)
+    rms = (memory**2).mean(-1, keepdim=True) ** 0.5
+    disturbed = memory + 0.5 * rms * torch.randn_like(memory)
+    wanted, wanted_state = plain.step(
+        tokens, {**state, "memory": disturbed} if isinstance(state, dict) else disturbed, lengths
+    )
+    torch.manual_seed(8)
+    found, found_state = noisy.train().step(tokens, state, lengths)
+    assert close(found.hidden, wanted.hidden)
+    if isinstance(state, dict):  # what is remembered is what was carried
+        assert close(found_state["memory"], wanted_state["memory"])
+        assert torch.equal(found_state["past"][:, 1], memory)
+    else:
+        assert close(found_state, wanted_state)
+    quiet, _ = noisy.eval().step(tokens, state, lengths)
+    assert torch.equal(quiet.hidden, plain.step(tokens, state, lengths)[0].hidden)
+    assert not close(found.hidden, quiet.hidden)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "replay"])
+def test_noise_is_drawn_again_where_a_segment_is_computed_again(mode: str) -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, "noise": 0.5}, segment_len=T).train()
+    tokens = tokens_like(2, 3 * T)
+    found = {}
+    for way in ("full", mode):
+        model.zero_grad()
+        torch.manual_seed(8)
+        loss = rmt_core.backward(model, tokens, next_labels(tokens), mode=way)
+        found[way] = loss, gradients(model)
+    assert close(found[mode][0], found["full"][0])
+    assert all(close(found[mode][1][name], grad) for name, grad in found["full"][1].items())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"noise": -0.1}, r"memory\.noise is -0\.1; it must be at least 0"),
+        ({"noise": float("nan")}, r"memory\.noise is nan; it must be at least 0"),
         ({"num_tokens": -1}, r"memory\.num_tokens is -1; it must be at least 0"),
         ({"num_tokens": 2.0}, r"memory\.num_tokens is 2\.0; it must be a whole number"),
         ({"num_tokens": True}, r"memory\.num_tokens is True; it must be a whole number"),

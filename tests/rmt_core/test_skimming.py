@@ -1,0 +1,25 @@
+"""Reading on for the state alone. What is recorded on a GPU is compared in test_gpu.py."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import rmt_core
+
+from .tiny import MEMORIES, same_states, tiny_model, tokens_like
+
+B, T = 3, 6
+
+
+@pytest.mark.parametrize("memory", [MEMORIES[name] for name in ("none", "rmt", "xl+rmt", "armt", "infinity")])
+def test_the_state_is_that_of_steps(memory: Any) -> None:
+    model = tiny_model(memory, segment_len=T)
+    skimmer = rmt_core.Skimmer(model, patience=1)
+    state = wanted = model.init_state(B)
+    for i, part in enumerate(tokens_like(B, 5 * T).split(T, 1)):
+        lengths = torch.tensor([T, 2, 0]) if i == 3 else None
+        state = skimmer.after(part, state, lengths)
+        wanted = model.step(part, wanted, lengths)[1]
+        assert same_states(state, wanted)
+    assert not any(leaf.requires_grad for leaf in rmt_core.state.leaves(state))
