@@ -45,7 +45,7 @@ class TaskLane:
             flat["is_answer"][asked] = True
         window.lengths[row] = np.clip(size - segment_len * np.arange(num_segments), 0, segment_len)
         window.segment_index[row] = np.arange(num_segments)
-        window.reset[row, 0] = True
+        window.reset[row, 0] = self.source.is_fresh(step, self.number)
 
 
 class Choice(NamedTuple):
@@ -70,11 +70,13 @@ class TaskSource:
         seed: int,
         text_weight: float,
         answer_weight: float,
+        fresh_fraction: float = 1.0,
     ) -> None:
         self.choices = list(choices)
         self.seed = seed
         self.text_weight = text_weight  # of a token in the loss
         self.answer_weight = answer_weight
+        self.fresh_fraction = fresh_fraction  # of texts before which the memory is reset
         self._tokenizer = tokenizer
         self._segment_len = segment_len
         self._shares = np.array([choice.weight for choice in choices]) / sum(choice.weight for choice in choices)
@@ -96,6 +98,10 @@ class TaskSource:
         generator = np.random.default_rng((self.seed, step, lane))
         number = int(generator.choice(len(self.choices), p=self._shares)) if len(self.choices) > 1 else 0
         return self._draw(number, generator, num_segments)
+
+    def is_fresh(self, step: int, lane: int) -> bool:
+        """Whether this text begins with a fresh memory: the first one does, others as often as the fraction says."""
+        return not step or float(np.random.default_rng((self.seed, step, lane, 1)).random()) < self.fresh_fraction
 
     def check(self, num_segments: int) -> None:
         """InputError where a task's texts do not fit windows of so many segments."""

@@ -88,5 +88,11 @@ class DataSettings(Config):
         min_length=1,
         description="what these texts ask: names of tasks (recall,reason), or JSON with weight, background and depths",
     )
+    task_fresh_fraction: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="of these texts that begin with a fresh memory; the others with what the row's last text has left",
+    )
     task_text_weight: float = Field(default=1.0, ge=0, description="loss weight of a text's tokens beside its answers")
     task_answer_weight: float = Field(default=30.0, gt=0, description="loss weight of an answer's tokens")

@@ -110,6 +110,7 @@ def task_source(config: TrainConfig, store: Store, tokenizer: Tokenizer) -> Task
         seed=config.seed,
         text_weight=config.dataset.task_text_weight,
         answer_weight=config.dataset.task_answer_weight,
+        fresh_fraction=config.dataset.task_fresh_fraction,
     )
     for num_segments in sorted({config.curriculum.shortest, max(config.curriculum.num_segments)}):
         source.check(num_segments)

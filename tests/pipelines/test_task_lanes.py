@@ -61,6 +61,28 @@ def test_a_row_is_a_sample_with_its_answers_weighted(name: str) -> None:
         assert window.segment_index[0].tolist() == list(range(num_segments))
 
 
+def test_so_many_texts_begin_with_a_fresh_memory_and_all_are_the_same() -> None:
+    choice = Choice("recall", recall.detect, store_prose(STORE))
+
+    def windows(fraction: float) -> list[lanes.Window]:
+        source = TaskSource(
+            BYTES, [choice], 64, seed=1, text_weight=1.0, answer_weight=30.0, fresh_fraction=fraction
+        )
+        rows = lanes.Lanes([TaskLane(source, number) for number in range(8)], 64)
+        return [rows.window(step, 2) for step in range(60)]
+
+    always, seldom, never = windows(1.0), windows(0.25), windows(0.0)
+    assert all(window.reset[:, 0].all() for window in always)
+    assert seldom[0].reset[:, 0].all()
+    assert never[0].reset[:, 0].all()
+    assert not any(window.reset.any() for window in never[1:])
+    assert 0.18 < np.mean([window.reset[:, 0] for window in seldom[1:]]) < 0.32
+    assert not any(window.reset[:, 1].any() for window in seldom)
+    for one, other in zip(always, seldom, strict=True):
+        assert np.array_equal(one.tokens, other.tokens)
+        assert np.array_equal(one.labels, other.labels)
+
+
 def test_text_that_weighs_nothing_is_not_asked_for() -> None:
     choice = Choice("recall", recall.detect, store_prose(STORE))
     weighed, bare = (
