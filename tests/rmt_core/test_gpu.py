@@ -19,7 +19,8 @@ from .tiny import MEMORIES, close, close_states, gradients, next_labels, same_st
 pytestmark = pytest.mark.gpu
 
 B, T, K = 3, 6, 4
-ATOL = 1e-8  # float64, but for norms that round to float32 on their way
+ATOL = 1e-8
+ACROSS = 1e-4  # between devices: llama's norms round to float32 on their way, and each device its own way
 LAYER_LOCAL = [name for name in MEMORIES if "rmt" not in name and "memformer" not in name]
 
 
@@ -55,12 +56,12 @@ def on_cpu(state: State) -> State:
 def test_losses_states_and_gradients_are_those_of_the_cpu(memory: Any) -> None:
     wanted, wanted_grads = unrolled(on("cpu", memory), "cpu")
     found, grads = unrolled(on("cuda", memory), "cuda")
-    assert close(found.loss.cpu(), wanted.loss, ATOL)
-    assert close(torch.cat(found.nats).cpu(), torch.cat(wanted.nats), ATOL)
-    assert close_states(on_cpu(found.state), wanted.state, ATOL)
+    assert close(found.loss.cpu(), wanted.loss, ACROSS)
+    assert close(torch.cat(found.nats).cpu(), torch.cat(wanted.nats), ACROSS)
+    assert close_states(on_cpu(found.state), wanted.state, ACROSS)
     for name, grad in wanted_grads.items():
         scale = max(1.0, float(grad.abs().max()))
-        torch.testing.assert_close(grads[name], grad, rtol=0, atol=ATOL * scale, msg=name)
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=ACROSS * scale, msg=name)
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "replay"])
@@ -106,7 +107,7 @@ def test_the_same_is_written(memory: Any) -> None:
     wanted = rmt_core.generate(on("cpu", memory), prompts, 2 * T + 1)
     found = rmt_core.generate(on("cuda", memory), prompts, 2 * T + 1)
     assert found.tokens == wanted.tokens
-    assert close_states(on_cpu(found.session.state), wanted.session.state, ATOL)
+    assert close_states(on_cpu(found.session.state), wanted.session.state, ACROSS)
 
 
 @pytest.mark.parametrize("kind", ["rmt", "xl", "armt", "infinity", "shm", "memformer"])
@@ -133,7 +134,7 @@ def test_skimming_leaves_the_state_that_steps_leave(name: str) -> None:
             wanted = model.step(part, wanted, lengths)[1]
             if i == 9:
                 state = wanted
-            assert close_states(state, wanted)
+            assert close_states(state, wanted, ATOL)
         fewer = skimmer.after(parts[0][:2], model.init_state(2))
-        assert close_states(fewer, model.step(parts[0][:2], model.init_state(2))[1])
+        assert close_states(fewer, model.step(parts[0][:2], model.init_state(2))[1], ATOL)
     assert (skimmer._recorded is not None) == name.startswith("rmt")
