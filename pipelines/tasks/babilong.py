@@ -2,7 +2,9 @@
 
 The scheme is that of Kuratov et al. 2024 (arXiv:2406.10149). Beside the answer that greedy decoding must write to the
 letter there are two marks for what the model writes freely: strict, the right label and no other, those of the question
-aside; and lax, the right label among whatever else.
+aside; and lax, the right label among whatever else. A full stop behind the answer ends the text. It is trained and ends
+what the strict mark reads, but the answer is the label alone: nothing but that has to be written to be right to the
+letter.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from pipelines.tasks import babi
 from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, Wanted, ask, compose
 
 QUESTION = "\nQuestion: {}\nAnswer:"
+END = "."
 MORE_TOKENS = 8  # written beyond the longest label
 
 STRICT, LAX = "strict", "lax"
@@ -29,7 +32,7 @@ def story_task(task: str) -> Maker:
 def _sample(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     story, labels = babi.story(task, generator), babi.LABELS[task]
     facts = [scene.encode(f"\n{fact}\n") for fact in story.facts]
-    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(labels))
+    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(labels), end=END)
     sample = compose(scene, wanted, facts, [asked], generator)
     longest = max(len(scene.encode(f" {label}")) for label in labels)
     return marked(sample, story.question, story.answer, labels, longest + MORE_TOKENS)

@@ -29,7 +29,11 @@ class Scorer(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and what is asked in it. Questions and all answers are part of the text; the last answer ends it."""
+    """A text and what is asked in it. Questions and all answers are part of the text.
+
+    It ends with the last answer, or with a few tokens behind it that say that it is over: they are trained, so that
+    who writes freely knows where to end, and are no part of the answer.
+    """
 
     stream: Stream
     num_tokens: int  # of the text
@@ -79,10 +83,11 @@ class Asked(NamedTuple):
     question: np.ndarray  # tokens before the answer
     answer: np.ndarray
     num_choices: float
+    end: np.ndarray = np.zeros(0, dtype=np.int32)  # tokens behind the answer
 
 
-def ask(scene: Scene, question: str, answer: str, num_choices: float) -> Asked:
-    return Asked(scene.encode(question), scene.encode(answer), num_choices)
+def ask(scene: Scene, question: str, answer: str, num_choices: float, *, end: str = "") -> Asked:
+    return Asked(scene.encode(question), scene.encode(answer), num_choices, scene.encode(end))
 
 
 def compose(
@@ -122,11 +127,11 @@ def compose(
 
 def closing(asked: Sequence[Asked], length: int) -> tuple[np.ndarray, tuple[Answer, ...]]:
     """Questions and answers one after another, and where the answers stand in a text of `length` that they end."""
-    tail = np.concatenate([part for one in asked for part in (one.question, one.answer)]).astype(np.int32)
+    tail = np.concatenate([part for one in asked for part in (one.question, one.answer, one.end)]).astype(np.int32)
     at, answers = length - len(tail), []
     for one in asked:
         answers.append(Answer(at + len(one.question), one.answer, one.num_choices))
-        at += len(one.question) + len(one.answer)
+        at += len(one.question) + len(one.answer) + len(one.end)
     return tail, tuple(answers)
 
 

@@ -217,6 +217,20 @@ def test_a_match_is_the_share_of_expected_strings() -> None:
     assert ruler.string_match(" it is Ab, and cd", ["AB", "CD", "ef", "gh"]) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("make", "num_tokens"),
+    [
+        (ruler.niah_single, 128),
+        (ruler.niah_multikey("uuid"), 128),
+        (ruler.variable_tracking, 30),
+        (ruler.common_words, 120),
+        (ruler.frequent_words, 50),
+    ],
+)
+def test_as_many_tokens_are_written_as_published(make: Maker, num_tokens: int) -> None:
+    assert draw(make, 5000).max_new_tokens == num_tokens
+
+
 @pytest.mark.parametrize("make", [facts.reason, symbols.sorting, ruler.frequent_words, recall.detect])
 def test_what_does_not_fit_says_what_would(make: Maker) -> None:
     with pytest.raises(TooShortError) as error:

@@ -6,9 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines.tasks import babi
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import babi, texts
 from pipelines.tasks.babi import Story
-from pipelines.tasks.babilong import is_laxly_right, is_strictly_right
+from pipelines.tasks.babilong import is_laxly_right, is_strictly_right, story_task
+from pipelines.tasks.samples import Scene, Wanted
+
+BYTES = ByteTokenizer()
+SCENE = Scene(BYTES, texts.noise(BYTES))
 
 GO = re.compile(r"(\w+) (?:went|went back|moved|journeyed|travelled) to the (\w+)\.")
 TAKE = re.compile(r"(\w+) (?:took|got|grabbed|picked up) the (\w+) there\.")
@@ -123,6 +128,18 @@ def test_no_label_answers_most_questions(task: str) -> None:
     answers = Counter(story.answer for story in draw(task, 400))
     assert set(answers) == set(babi.LABELS[task])
     assert max(answers.values()) < 400 / len(answers) * 2
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa4"])
+def test_a_text_ends_with_the_label_and_a_stop_that_is_no_part_of_the_answer(task: str) -> None:
+    sample = story_task(task)(SCENE, Wanted(1000, 64), np.random.default_rng(0))
+    [answer] = sample.answers
+    label = BYTES.decode(answer.tokens)
+    assert label.strip() in babi.LABELS[task]
+    assert len(texts.whole(sample.stream)) == 1000
+    assert BYTES.decode(texts.whole(sample.stream)[answer.at - len("Answer:") :]) == f"Answer:{label}."
+    marks = {scorer.metric: scorer.mark(f"{label}. bathroom garden office") for scorer in sample.scorers}
+    assert marks == {"strict": 1, "lax": 1}
 
 
 @pytest.mark.parametrize(
