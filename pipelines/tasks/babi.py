@@ -123,6 +123,12 @@ def story(task: str, generator: np.random.Generator) -> Story:
             return Story(facts, question, answer)
 
 
+def choices(asked: Story) -> list[str]:
+    """What the question alone leaves: the labels of the kind that it asks for and does not name."""
+    kind = next(labels for labels in (PLACES, GIVERS, THINGS) if asked.answer in labels)
+    return [label for label in kind if label not in asked.question]
+
+
 def _where_people(world: World) -> list[tuple[str, str]]:
     return [(f"Where is {who}?", place) for who, place in world.place_of.items()]
 

@@ -32,7 +32,7 @@ def story_task(task: str) -> Maker:
 def _sample(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     story, labels = babi.story(task, generator), babi.LABELS[task]
     facts = [scene.encode(f"\n{fact}\n") for fact in story.facts]
-    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(labels), end=END)
+    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(babi.choices(story)), end=END)
     sample = compose(scene, wanted, facts, [asked], generator)
     longest = max(len(scene.encode(f" {label}")) for label in labels)
     return marked(sample, story.question, story.answer, labels, longest + MORE_TOKENS)

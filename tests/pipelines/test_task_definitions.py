@@ -168,6 +168,20 @@ def test_the_roots_solve_the_equation(seed: int) -> None:
     assert (-b / a) == low + high
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_chance_of_a_root_is_by_what_the_steps_before_it_leave(seed: int) -> None:
+    sample = draw(quadratic.equation, 400, seed)
+    discriminant, low, _ = map(int, read(sample)[1])
+    left = {
+        (x, y)
+        for x in range(-99, 100)
+        for y in range(x, 100)
+        if any((a * (x - y)) ** 2 == discriminant for a in range(1, 10))
+    }
+    assert sample.answers[1].num_choices == len({x for x, _ in left})
+    assert sample.answers[2].num_choices == len([y for x, y in left if x == low]) <= 9
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("make", [ruler.niah_single, ruler.niah_multikey("number"), ruler.niah_multikey("uuid")])
 def test_a_needle_is_told_once_among_others(make: Maker, seed: int) -> None:

@@ -130,6 +130,22 @@ def test_no_label_answers_most_questions(task: str) -> None:
     assert max(answers.values()) < 400 / len(answers) * 2
 
 
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])
+def test_chance_is_among_what_is_asked_for_and_not_named(task: str) -> None:
+    """By the form of the question: a place, a person or a thing."""
+    seen = set()
+    for asked in draw(task, 200):
+        kinds = [(r"Where|What is", babi.PLACES), (r"Who", babi.GIVERS), (r"What did", babi.THINGS)]
+        kind = next(labels for pattern, labels in kinds if re.match(pattern, asked.question))
+        left = set(kind) - set(re.findall(r"\w+", asked.question))
+        assert set(babi.choices(asked)) == left
+        assert asked.answer in left
+        seen.add(len(left))
+    assert seen == {"qa1": {6}, "qa2": {6}, "qa3": {5}, "qa4": {5}, "qa5": {3, 4}}[task]
+    [answer] = story_task(task)(SCENE, Wanted(3000, 64), np.random.default_rng(0)).answers
+    assert answer.num_choices in seen
+
+
 @pytest.mark.parametrize("task", ["qa1", "qa4"])
 def test_a_text_ends_with_the_label_and_a_stop_that_is_no_part_of_the_answer(task: str) -> None:
     sample = story_task(task)(SCENE, Wanted(1000, 64), np.random.default_rng(0))
