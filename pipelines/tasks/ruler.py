@@ -119,21 +119,25 @@ def variable_tracking(scene: Scene, wanted: Wanted, generator: np.random.Generat
 
 
 def common_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
-    """`cwe`: words between other words that come three times each."""
+    """`cwe`: words between other words that come three times each, asked for in the order of their first appearance."""
     num, times, others = (3, 10, 1) if wanted.length < _SHORT else (10, 30, 3)
+    codes = generator.choice(NUM_WORDS, num, replace=False)
+    told = generator.permutation(np.repeat(codes, times)).tolist()
+    common = [word(code) for code in dict.fromkeys(told)]
+    facts = [scene.encode(f"{word(code)}\n") for code in told]
     first = int(generator.integers(NUM_WORDS))
-    common = [word((first + i) % NUM_WORDS) for i in range(num)]
-    facts = [scene.encode(f"{common[i % num]}\n") for i in generator.permutation(num * times)]
-    hay = scene._replace(background=_lines(scene, partial(_other_words, first + num, others)))
+    hay = scene._replace(background=_lines(scene, partial(_other_words, first, others, frozenset(told))))
     asked = ask(scene, CWE_QUESTION.format(num=num), " " + " ".join(common), float(NUM_WORDS) ** num)
     return _matched(compose(hay, wanted, facts, [asked], generator, between_blocks=True), common, NEW_TOKENS["cwe"])
 
 
-def _other_words(first: int, times: int, generator: np.random.Generator) -> Iterator[str]:
-    """Words from number `first` on, so often each, near one another."""
+def _other_words(first: int, times: int, common: frozenset[int], generator: np.random.Generator) -> Iterator[str]:
+    """Words from number `first` on without the common ones, so often each, near one another."""
     for start in itertools.count(first, _NEAR):
-        for i in generator.permutation(_NEAR * times):
-            yield f"{word((start + i % _NEAR) % NUM_WORDS)}\n"
+        for i in generator.permutation(_NEAR * times).tolist():
+            code = (start + i % _NEAR) % NUM_WORDS
+            if code not in common:
+                yield f"{word(code)}\n"
 
 
 def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:

@@ -216,7 +216,20 @@ def test_common_words_are_the_ten_that_come_most(length: int) -> None:
     assert {words.pop(word) for word in common} == {times}
     assert len(common) == (3 if length < 4096 else 10)
     assert max(words.values()) == others
+    assert common == sorted(common, key=text.index)
     assert all(re.fullmatch(r"([b-z][aeiou]){4}", word) for word in words)
+
+
+def test_no_common_word_follows_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words told by their numbers: common ones are drawn apart, and none is among the others."""
+    monkeypatch.setattr(ruler, "word", str)
+    [answer] = read(draw(ruler.common_words, 20_000))[1]
+    steps = np.diff([int(code) for code in answer.split()])
+    assert len(set(steps.tolist())) == 9
+    assert min(abs(steps)) > 1
+    near = int(answer.split()[0])
+    others = ruler._other_words(near - 5, 3, frozenset({near}), np.random.default_rng(0))
+    assert str(near) not in {next(others).strip() for _ in range(3 * 256)}
 
 
 @pytest.mark.parametrize("length", [1000, 100_000])
