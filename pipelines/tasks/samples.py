@@ -38,7 +38,7 @@ class Sample:
     stream: Stream
     num_tokens: int  # of the text
     answers: tuple[Answer, ...]  # in order, at least one
-    needs_memory: bool = False  # what is asked for ends before the segment in which the first answer begins
+    needs_memory: bool = False  # what is asked for, or half the text, ends before the segment of the first answer
     depth: float | None = None  # where its facts stand between the earliest and the latest place, in [0, 1]
     oracle: float | None = None  # the share of answers that a named oracle without a memory of all has right
     scorers: tuple[Scorer, ...] = ()
@@ -103,7 +103,8 @@ def compose(
     """Background with facts in it, in the order given, and the questions with their answers at the end.
 
     Facts stand anywhere, at the start, or all at the wanted depth. Where there is room they end before the segment in
-    which the first answer begins, so that only memory brings them there. `between_blocks` as in `joined`.
+    which the first answer begins, so that only memory brings them there. Without facts the text is what is asked about,
+    at least half of which lies before that segment wherever another precedes it. `between_blocks` as in `joined`.
     """
     tail, answers = closing(asked, wanted.length)
     num_facts = sum(len(fact) for fact in facts)
@@ -122,7 +123,7 @@ def compose(
     inserts = [Insert(int(at), fact) for at, fact in zip(places, facts, strict=True)]
     stream = joined(background, inserts, tail, between_blocks=between_blocks)
     depth = wanted.depth if place == "anywhere" else None
-    return Sample(stream, wanted.length, answers, room >= 0, depth)
+    return Sample(stream, wanted.length, answers, room >= 0 if facts else room > 0, depth)
 
 
 def closing(asked: Sequence[Asked], length: int) -> tuple[np.ndarray, tuple[Answer, ...]]:

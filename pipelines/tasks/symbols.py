@@ -105,7 +105,7 @@ def sorting(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sam
 
 
 def _is_long(answers: tuple[Answer, ...], wanted: Wanted) -> bool:
-    """Whether symbols stand before the segment in which the first answer begins."""
+    """Whether a segment, so at least half of the symbols, stands before the one in which the first answer begins."""
     return answers[0].at > wanted.segment_len
 
 

@@ -88,6 +88,18 @@ def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | 
     assert not re.search(r"opens [A-P]|is [A-P]\.|is: \d|key is \d|#", rest)
 
 
+@pytest.mark.parametrize("make", [ruler.frequent_words, symbols.sorting])
+def test_what_stands_all_over_a_text_needs_memory_where_half_lies_before_the_segment_of_the_answer(make: Maker) -> None:
+    found = set()
+    for segment_len in range(300, 1100, 10):
+        sample = make(SCENE, Wanted(1000, segment_len), np.random.default_rng(0))
+        at = sample.answers[0].at
+        before = (at - 1) // segment_len * segment_len
+        assert sample.needs_memory == (before >= at - before)
+        found.add(sample.needs_memory)
+    assert found == {True, False}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_reasoning_needs_both_sentences(seed: int) -> None:
     text, [answer] = read(draw(facts.reason, 1000, seed))
