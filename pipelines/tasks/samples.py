@@ -99,12 +99,14 @@ def compose(
     *,
     place: Literal["anywhere", "start"] = "anywhere",
     between_blocks: bool = False,
+    ends: Sequence[int] = (),
 ) -> Sample:
     """Background with facts in it, in the order given, and the questions with their answers at the end.
 
     Facts stand anywhere, at the start, or all at the wanted depth. Where there is room they end before the segment in
     which the first answer begins, so that only memory brings them there. Without facts the text is what is asked about,
-    at least half of which lies before that segment wherever another precedes it. `between_blocks` as in `joined`.
+    at least half of which lies before that segment wherever another precedes it. `between_blocks` and `ends` as in
+    `joined`.
     """
     tail, answers = closing(asked, wanted.length)
     num_facts = sum(len(fact) for fact in facts)
@@ -121,7 +123,7 @@ def compose(
     else:
         places = np.sort(generator.integers(latest + 1, size=len(facts)))
     inserts = [Insert(int(at), fact) for at, fact in zip(places, facts, strict=True)]
-    stream = joined(background, inserts, tail, between_blocks=between_blocks)
+    stream = joined(background, inserts, tail, between_blocks=between_blocks, ends=ends)
     depth = wanted.depth if place == "anywhere" else None
     return Sample(stream, wanted.length, answers, room >= 0 if facts else room > 0, depth)
 
