@@ -64,7 +64,7 @@ class EvaluateConfig(Config):
     )
     questions: str | None = pydantic.Field(
         None,
-        description="file of BABILong, RULER, LongBench or SCROLLS as published, .jsonl or .parquet, for task file",
+        description="file of BABILong, RULER, LongBench or SCROLLS as published, .json(l) or .parquet, for task file",
     )
     background: Literal["prose", "noise"] = pydantic.Field(
         "prose", description="text around a fact: prose (of the held-out text) or noise (random letters)"

@@ -32,7 +32,7 @@ FORMATS: dict[type[AnyConfig], str] = {
     Seq2SeqConfig: SEQ2SEQ_FORMAT,
 }
 LOADERS = {FORMAT: "load", ENCODER_FORMAT: "load_encoder", SEQ2SEQ_FORMAT: "load_seq2seq"}
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 
 
 class SavesItself(Protocol):
@@ -67,13 +67,19 @@ def save_tensors(
         os.chmod(part, 0o755)
         whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps({"format": FORMATS[type(config)], "model": config.to_json()}, indent=2, sort_keys=True)
-        (part / CONFIG_FILE).write_text(text + "\n")
+        content = {"format": FORMATS[type(config)], "model": config.to_json()}
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
+            if (part / TOKENIZER_FILE).is_file():
+                content["tokenizer"] = _hash(part / TOKENIZER_FILE)
+        (part / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         _replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _replace(part: Path, target: Path) -> None:
@@ -119,6 +125,12 @@ def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Cal
         )
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}; it is not a whole model")
+    tokenizer = folder / TOKENIZER_FILE
+    if "tokenizer" in saved and tokenizer.is_file() and _hash(tokenizer) != saved["tokenizer"]:
+        raise ValueError(
+            f"{str(tokenizer)!r} is not the tokenizer that the model was saved with; put that one back, or save the "
+            "model with this one"
+        )
     try:
         config = configure(**saved["model"])
     except (KeyError, TypeError) as error:

@@ -43,6 +43,9 @@ class TaskLane:
             flat["labels"][asked] = answer.tokens
             flat["weights"][asked] = self.source.answer_weight
             flat["is_answer"][asked] = True
+        over = slice(sample.answers[-1].at - 1 + len(sample.answers[-1].tokens), size - 1)
+        flat["labels"][over] = tokens[over.start + 1 :]
+        flat["weights"][over] = self.source.answer_weight
         window.lengths[row] = np.clip(size - segment_len * np.arange(num_segments), 0, segment_len)
         window.segment_index[row] = np.arange(num_segments)
         window.reset[row, 0] = self.source.is_fresh(step, self.number)

@@ -2,7 +2,12 @@
 
 The scheme is that of Kuratov et al. 2024 (arXiv:2406.10149). Beside the answer that greedy decoding must write to the
 letter there are two marks for what the model writes freely: strict, the right label and no other, those of the question
-aside; and lax, the right label among whatever else.
+aside; and lax, the right label among whatever else. A full stop behind the answer ends the text. It is trained and ends
+what the strict mark reads, but the answer is the label alone: nothing but that has to be written to be right to the
+letter.
+
+As published, facts stand between sentences: behind a token that ends one, where the prose has one before their place.
+A story that the wanted length does not hold is drawn again a few times, so that short texts hold short stories alone.
 """
 
 import dataclasses
@@ -13,10 +18,14 @@ from functools import partial
 import numpy as np
 
 from pipelines.tasks import babi
-from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, Wanted, ask, compose
+from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, TooShortError, Wanted, ask, compose
 
 QUESTION = "\nQuestion: {}\nAnswer:"
+END = "."
+SENTENCE_ENDS = ".!?"
 MORE_TOKENS = 8  # written beyond the longest label
+
+_ATTEMPTS = 8  # stories drawn until one fits
 
 STRICT, LAX = "strict", "lax"
 
@@ -27,10 +36,21 @@ def story_task(task: str) -> Maker:
 
 
 def _sample(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
-    story, labels = babi.story(task, generator), babi.LABELS[task]
+    refused = []
+    for _ in range(_ATTEMPTS):
+        try:
+            return _told(babi.story(task, generator), task, scene, wanted, generator)
+        except TooShortError as error:
+            refused.append(error)
+    raise min(refused, key=lambda error: error.need)
+
+
+def _told(story: babi.Story, task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    labels = babi.LABELS[task]
     facts = [scene.encode(f"\n{fact}\n") for fact in story.facts]
-    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(labels))
-    sample = compose(scene, wanted, facts, [asked], generator)
+    asked = ask(scene, QUESTION.format(story.question), f" {story.answer}", len(babi.choices(story)), end=END)
+    ends = [int(scene.encode(mark)[-1]) for mark in SENTENCE_ENDS]
+    sample = compose(scene, wanted, facts, [asked], generator, ends=ends)
     longest = max(len(scene.encode(f" {label}")) for label in labels)
     return marked(sample, story.question, story.answer, labels, longest + MORE_TOKENS)
 

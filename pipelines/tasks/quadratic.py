@@ -2,7 +2,8 @@
 
 The multi-step task of Bulatov et al. 2022 (arXiv:2207.06881, section 4): an equation with integer coefficients and
 roots stands first, its solution must be written at the end. The steps before a number are given, as in training with
-the true text, and each of the three numbers counts.
+the true text, and each of the three numbers counts. They tell much: D and x1 leave x2 as many values as there are
+leading coefficients, at most nine, and chance is by what is left.
 
 Deviation: the solution names its steps `D`, `x1` and `x2`, the lower root first.
 """
@@ -22,9 +23,16 @@ def equation(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sa
     b, c = -a * (low + high), a * low * high
     fact = scene.encode(f"\n{a}*x^2{b:+}*x{c:+}=0\n")
     num_roots = 2 * _MAX_ROOT + 1
+    gaps = _gaps(abs(a) * (high - low))
     asked = [
         ask(scene, "\nD=", str(b * b - 4 * a * c), num_roots * _MAX_LEADING),  # (a (r - s))^2
-        ask(scene, "\nx1=", str(low), num_roots),
-        ask(scene, "\nx2=", str(high), num_roots),
+        ask(scene, "\nx1=", str(low), num_roots - min(gaps)),
+        ask(scene, "\nx2=", str(high), sum(low + gap <= _MAX_ROOT for gap in gaps)),
     ]
     return compose(scene, wanted, [fact], asked, generator, place="start")
+
+
+def _gaps(root: int) -> set[int]:
+    """How far apart the roots can be, by the square root of the discriminant."""
+    gaps = {root // leading for leading in range(1, _MAX_LEADING + 1) if root % leading == 0}
+    return {gap for gap in gaps if gap <= 2 * _MAX_ROOT}

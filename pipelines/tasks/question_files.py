@@ -1,20 +1,25 @@
 """Questions from the files of BABILong, RULER, LongBench and SCROLLS, as published, where a user has them.
 
-A file is JSON lines or Parquet. Its form is known by its fields:
+A file is JSON lines, a JSON array or Parquet. Its form is known by its fields:
 
     BABILong    input, question, target
     RULER       input, outputs (and, in newer files, answer_prefix)
-    LongBench   context, input, answers, length (all_classes may be null)
-    SCROLLS     id, pid, input, output
+    LongBench   context, input, answers, dataset, all_classes
+    SCROLLS     id, pid, input, output; rows of one id are one question with several references
 
-At `length` tokens all rows count that have at most so many, question and answer included; how many are longer is a
-figure of its own, and nothing is cut. Texts are tokenised whole, so that a batch of rows lies in memory.
+What is written freely is marked as published, in as many tokens as published, whatever the tokenizer: RULER by the
+share of its outputs that occur, or, in `qa_1` and `qa_2`, by any of them; LongBench by its data sets' own marks (F1 for
+data sets of others); SCROLLS by F1 and exact match with the best reference. To the letter the first reference is asked
+for, and of RULER all outputs. Prompts of LongBench end with `Question: ... Answer:` for every data set.
+
+At `length` tokens all questions count that have at most so many, their answers included, short ones too; how many are
+longer is a figure of its own, and nothing is cut. The text of the whole file lies in memory, and the tokens of a batch
+of rows: texts are tokenised once to be counted and once to be read.
 """
 
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,15 +28,19 @@ import pyarrow.parquet
 
 from pipelines import storage
 from pipelines.config import InputError
-from pipelines.tasks import babi, texts
+from pipelines.extras import require_extra
+from pipelines.tasks import babi, marking, texts
 from pipelines.tasks.babilong import LAX, QUESTION, STRICT, is_laxly_right, is_strictly_right
 from pipelines.tasks.base import Figure, Material, check_length
 from pipelines.tasks.questions import measured
-from pipelines.tasks.ruler import MATCH, string_match
+from pipelines.tasks.ruler import MATCH, NEW_TOKENS, string_match
 from pipelines.tasks.samples import Answer, Sample, Scene, Scorer
 from rmt_core import RecurrentModel
 
-F1, EM, LONGER = "f1", "exact_match", "num_longer"
+F1, EM, ROUGE_L, LONGER = "f1", "exact_match", "rouge_l", "num_longer"
+CLASSES, NUMBERS, EDITS = "classification", "numbers", "edit_similarity"
+
+_BABILONG_TOKENS, _SCROLLS_TOKENS = 20, 256
 
 
 class Question(NamedTuple):
@@ -40,11 +49,12 @@ class Question(NamedTuple):
     prompt: str
     answer: str
     scorers: tuple[Scorer, ...]
+    max_new_tokens: int  # written for the scorers
 
 
 def read(uri: str) -> list[Question]:
-    """All rows of a file; InputError with the row's number where one is not as published."""
-    rows = list(_rows(uri))
+    """All questions of a file; InputError with the row's number where one is not as published."""
+    rows = [_object(uri, number, row) for number, row in enumerate(_rows(uri), 1)]
     if not rows:
         raise InputError(f"--questions {uri}: the file holds no rows")
     form = next((form for form in _FORMS if form.fields <= rows[0].keys()), None)
@@ -52,15 +62,23 @@ def read(uri: str) -> list[Question]:
         known = "; ".join(f"{form.name} {', '.join(sorted(form.fields))}" for form in _FORMS)
         raise InputError(f"--questions {uri}: fields {', '.join(rows[0])} are of no known form ({known})")
     found = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(form.merged(rows) if form.merged else rows, 1):
         try:
             found.append(form.question(row))
+        except InputError as error:
+            raise InputError(f"--questions {uri}: row {number}: {error}") from error
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"--questions {uri}: row {number} is no row of {form.name}: {error!r}") from error
     return found
 
 
-def _rows(uri: str) -> Iterator[dict[str, Any]]:
+def _object(uri: str, number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"--questions {uri}: row {number} is no JSON object")
+    return row
+
+
+def _rows(uri: str) -> Iterator[Any]:
     try:
         content = storage.read_bytes(uri)
     except OSError as error:
@@ -71,16 +89,19 @@ def _rows(uri: str) -> Iterator[dict[str, Any]]:
         except pyarrow.ArrowInvalid as error:
             raise InputError(f"--questions {uri}: no Parquet file: {error}") from error
         return
+    if content.lstrip()[:1] == b"[":
+        try:
+            yield from json.loads(content)
+        except ValueError as error:
+            raise InputError(f"--questions {uri}: no JSON array: {error}") from error
+        return
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield json.loads(line)
         except ValueError as error:
             raise InputError(f"--questions {uri}: line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"--questions {uri}: line {number} is no JSON object")
-        yield row
 
 
 # --- the forms --------------------------------------------------------------------------------------
@@ -96,6 +117,7 @@ def _babilong(row: Mapping[str, Any]) -> Question:
             Scorer(STRICT, lambda written: float(is_strictly_right(written, question, target, labels))),
             Scorer(LAX, lambda written: float(is_laxly_right(written, target))),
         ),
+        _BABILONG_TOKENS,
     )
 
 
@@ -104,53 +126,98 @@ def _labels(target: str) -> tuple[str, ...]:
     return next((labels for labels in babi.LABELS.values() if target in labels), (target,))
 
 
+_RULER = {  # words of a task's prompt -> its kind; other tasks are needles
+    "Answer the question based on the given documents": "qa",
+    "track the chain(s) of variable assignment": "vt",
+    "Below is a numbered list of words": "cwe",
+    "track the frequency of each coded word": "fwe",
+}
+
+
 def _ruler(row: Mapping[str, Any]) -> Question:
-    expected = [str(one) for one in row["outputs"]]
-    scorer = Scorer(MATCH, lambda written: string_match(written, expected))
-    return Question(row["input"] + row.get("answer_prefix", ""), " " + " ".join(expected), (scorer,))
+    expected, prompt = [str(one) for one in row["outputs"]], row["input"] + row.get("answer_prefix", "")
+    kind = next((kind for words, kind in _RULER.items() if words in prompt), "niah")
+    wanted = [[one] for one in expected] if kind == "qa" else [expected]  # any of them, or all
+    scorer = Scorer(MATCH, lambda written: max(string_match(written, group) for group in wanted))
+    return Question(prompt, f" {expected[0] if kind == 'qa' else ' '.join(expected)}", (scorer,), NEW_TOKENS[kind])
+
+
+class _DataSet(NamedTuple):
+    """How answers of a data set of LongBench are marked."""
+
+    metric: str
+    mark: Callable[..., float]  # of what was written, an expected answer and, where it classifies, all classes
+    max_new_tokens: int
+
+
+_OTHER = _DataSet(F1, marking.token_f1, 64)
+_LONGBENCH = {
+    **dict.fromkeys(("narrativeqa", "qasper"), _DataSet(F1, marking.token_f1, 128)),
+    "multifieldqa_en": _DataSet(F1, marking.token_f1, 64),
+    **dict.fromkeys(("hotpotqa", "2wikimqa", "musique", "triviaqa"), _DataSet(F1, marking.token_f1, 32)),
+    "multifieldqa_zh": _DataSet(F1, marking.character_f1, 64),
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news"), _DataSet(ROUGE_L, marking.rouge_l, 512)),
+    "samsum": _DataSet(ROUGE_L, marking.rouge_l, 128),
+    "dureader": _DataSet(ROUGE_L, marking.character_rouge_l, 128),
+    "vcsum": _DataSet(ROUGE_L, marking.character_rouge_l, 512),
+    **dict.fromkeys(("trec", "lsht"), _DataSet(CLASSES, marking.class_share, 64)),
+    **dict.fromkeys(
+        ("passage_count", "passage_retrieval_en", "passage_retrieval_zh"), _DataSet(NUMBERS, marking.number_share, 32)
+    ),
+    **dict.fromkeys(("lcc", "repobench-p"), _DataSet(EDITS, marking.edit_similarity, 64)),
+}
 
 
 def _longbench(row: Mapping[str, Any]) -> Question:
-    question = f"{row['context']}\n\nQuestion: {row['input']}\nAnswer:" if row["input"] else f"{row['context']}\n\n"
-    return Question(question, f" {row['answers'][0]}", _overlap(row["answers"]))
+    prompt = f"{row['context']}\n\nQuestion: {row['input']}\nAnswer:" if row["input"] else f"{row['context']}\n\n"
+    expected, name = row["answers"], str(row.get("dataset")).removesuffix("_e")
+    data_set = _LONGBENCH.get(name, _OTHER)
+    mark = data_set.mark
+    if data_set.metric == ROUGE_L:
+        require_extra("rouge", job=f"LongBench's {name}")
+    if data_set.metric == CLASSES:
+        mark = partial(mark, classes=list(row["all_classes"]))
+    scorers = [_best(data_set.metric, mark, expected)]
+    if data_set.metric == F1:
+        scorers.append(_best(EM, marking.exact_match, expected))
+    return Question(prompt, f" {expected[0]}", tuple(scorers), data_set.max_new_tokens)
 
 
 def _scrolls(row: Mapping[str, Any]) -> Question:
-    return Question(f"{row['input']}\n\n", row["output"], _overlap([row["output"]]))
+    expected = row["output"]
+    if any(one is None for one in expected):
+        raise InputError("its output is null, as in test splits, so that nothing can be marked; use another split")
+    scorers = (_best(F1, marking.token_f1, expected), _best(EM, marking.exact_match, expected))
+    return Question(f"{row['input']}\n\n", expected[0], scorers, _SCROLLS_TOKENS)
 
 
-def _overlap(expected: Sequence[str]) -> tuple[Scorer, ...]:
-    """The best over the expected answers."""
-    return (
-        Scorer(F1, lambda written: max(token_f1(written, one) for one in expected)),
-        Scorer(EM, lambda written: float(any(_words(written) == _words(one) for one in expected))),
-    )
+def _by_id(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each id (and input), whose output is a list."""
+    found: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        one = found.setdefault((row.get("id", number), row.get("input")), {**row, "output": []})
+        one["output"].append(row.get("output"))
+    return list(found.values())
+
+
+def _best(metric: str, mark: Callable[[str, str], float], expected: Sequence[str]) -> Scorer:
+    """The mark by the expected answer that it agrees with best."""
+    return Scorer(metric, lambda written: max(mark(written, one) for one in expected))
 
 
 class _Form(NamedTuple):
     name: str
     fields: frozenset[str]
     question: Callable[[Mapping[str, Any]], Question]
+    merged: Callable[[Iterable[dict[str, Any]]], list[dict[str, Any]]] | None = None  # rows of one question as one
 
 
 _FORMS = (
     _Form("BABILong", frozenset({"input", "question", "target"}), _babilong),
     _Form("RULER", frozenset({"input", "outputs"}), _ruler),
     _Form("LongBench", frozenset({"context", "input", "answers"}), _longbench),
-    _Form("SCROLLS", frozenset({"input", "output"}), _scrolls),
+    _Form("SCROLLS", frozenset({"input", "output"}), _scrolls, _by_id),
 )
-
-
-def token_f1(written: str, expected: str) -> float:
-    """Harmonic mean of precision and recall of words, in lower case without articles and punctuation (SQuAD)."""
-    ours, theirs = Counter(_words(written)), Counter(_words(expected))
-    shared = (ours & theirs).total()
-    return 2 * shared / (ours.total() + theirs.total()) if shared else float(not ours and not theirs)
-
-
-def _words(text: str) -> list[str]:
-    kept = "".join(char for char in text.lower() if char.isalnum() or char.isspace())
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
 
 
 # --- the task ---------------------------------------------------------------------------------------
@@ -185,17 +252,21 @@ class FileTask:
 
 
 def sample(scene: Scene, question: Question, segment_len: int) -> Sample:
-    """The whole row; whether it needs memory is told by its length alone."""
-    prompt, answer = scene.encode(question.prompt), scene.encode(question.answer)
+    """The whole row, tokenised when it is read; whether it needs memory is told by its length alone."""
+    answer = scene.encode(question.answer)
     if not len(answer):
         raise InputError("a question with an empty answer cannot be marked; leave it out")
-    text = np.concatenate([prompt, answer])
-    answers = (Answer(len(prompt), answer, float("inf")),)
+    num_prompt = len(scene.encode(question.prompt))
     return Sample(
-        partial(iter, [text]),
-        len(text),
-        answers,
-        needs_memory=len(prompt) > segment_len,
+        partial(_text, scene, question),
+        num_prompt + len(answer),
+        (Answer(num_prompt, answer, float("inf")),),
+        needs_memory=num_prompt > segment_len,
         scorers=question.scorers,
-        max_new_tokens=len(answer) + 8,
+        max_new_tokens=question.max_new_tokens,
     )
+
+
+def _text(scene: Scene, question: Question) -> Iterator[np.ndarray]:
+    yield scene.encode(question.prompt)
+    yield scene.encode(question.answer)

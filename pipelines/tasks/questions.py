@@ -3,7 +3,7 @@
 The text is made while it is read, segment by segment, with a state of fixed size. An answer counts when each of its
 tokens is the likeliest of the whole vocabulary at its place after the true text before it; greedy decoding then writes
 just this answer, and not otherwise. Of a sample with several answers the share that is right counts. Where a sample
-has scorers, the model also writes freely, and the scorers mark what it wrote.
+has scorers, the model also writes freely, at most to the tokenizer's end token, and the scorers mark what it wrote.
 
 Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
@@ -230,7 +230,8 @@ def _score(
     session = rmt_core.open_session(model, len(rows))._replace(state=rmt_core.state.select(before, rows))
     most = max(samples[row].max_new_tokens for row in rows)
     prompts = [part.tokens[row, : places[row]].tolist() for row in rows]
-    written = rmt_core.generate(model, prompts, most, session=session).tokens
+    ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    written = rmt_core.generate(model, prompts, most, session=session, stop_tokens=ends).tokens
     for row, tokens in zip(rows, written, strict=True):
         text = tokenizer.decode(tokens[: samples[row].max_new_tokens])
         scores[row] = {scorer.metric: scorer.mark(text) for scorer in samples[row].scorers}

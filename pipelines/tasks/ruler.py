@@ -4,7 +4,7 @@ Made anew from Hsieh et al. 2024 (arXiv:2404.06654, section 3 and appendix B) wi
 `niah_single_1` (a number in repeated sentences), `niah_multikey_2` and `_3` (among other needles, numbers or UUIDs),
 `vt` (variables that got one value), `cwe` (the ten words that come ten times as often as others) and `fwe` (the three
 most frequent made-up words). Beside the answer to the letter, `string_match` is the published mark: the share of
-expected strings in what the model writes freely.
+expected strings in what the model writes freely, in as many tokens as published.
 
 Deviations: words are made of syllables; a haystack's needles and words are drawn while the text is read, each line
 whole, and the few tokens that are left over are new lines; below 4,096 tokens `cwe` has three words, ten times each,
@@ -51,7 +51,7 @@ _LEAST_CODED = 50  # words of an fwe text
 _STRETCH = 4096  # words of fwe whose order is drawn at once
 _NEAR = 256  # other words of cwe that come near one another
 _MAX_FILLER = 2**16  # tokens made at once
-_MORE_TOKENS = 8  # written beyond the answer
+NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # written for the mark, by kind of task
 _SYLLABLES = tuple(a + b for a, b in itertools.product("bdfgklmnprstvz", "aeiou"))  # 70
 
 
@@ -93,7 +93,9 @@ def _needle(scene: Scene, wanted: Wanted, kind: str, pair: tuple[str, str], gene
     key, value = pair
     fact = scene.encode(NEEDLE.format(kind=kind, key=key, value=value))
     asked = ask(scene, NIAH_QUESTION.format(kind=kind, key=key), f" {value}", 9e6 if kind == "number" else 2.0**122)
-    return _matched(compose(scene, wanted, [fact], [asked], generator, between_blocks=True), [value])
+    return _matched(
+        compose(scene, wanted, [fact], [asked], generator, between_blocks=True), [value], NEW_TOKENS["niah"]
+    )
 
 
 def _pair(kind: str, generator: np.random.Generator) -> tuple[str, str]:
@@ -113,25 +115,29 @@ def variable_tracking(scene: Scene, wanted: Wanted, generator: np.random.Generat
     facts = [scene.encode(f"\nVAR {name} = {got}\n") for name, got in zip(names, given, strict=False)]
     question = VT_QUESTION.format(value=value, num=len(names))
     asked = ask(scene, question, " " + " ".join(names), 26.0**25)
-    return _matched(compose(hay, wanted, facts, [asked], generator), names)
+    return _matched(compose(hay, wanted, facts, [asked], generator), names, NEW_TOKENS["vt"])
 
 
 def common_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
-    """`cwe`: words between other words that come three times each."""
+    """`cwe`: words between other words that come three times each, asked for in the order of their first appearance."""
     num, times, others = (3, 10, 1) if wanted.length < _SHORT else (10, 30, 3)
+    codes = generator.choice(NUM_WORDS, num, replace=False)
+    told = generator.permutation(np.repeat(codes, times)).tolist()
+    common = [word(code) for code in dict.fromkeys(told)]
+    facts = [scene.encode(f"{word(code)}\n") for code in told]
     first = int(generator.integers(NUM_WORDS))
-    common = [word((first + i) % NUM_WORDS) for i in range(num)]
-    facts = [scene.encode(f"{common[i % num]}\n") for i in generator.permutation(num * times)]
-    hay = scene._replace(background=_lines(scene, partial(_other_words, first + num, others)))
+    hay = scene._replace(background=_lines(scene, partial(_other_words, first, others, frozenset(told))))
     asked = ask(scene, CWE_QUESTION.format(num=num), " " + " ".join(common), float(NUM_WORDS) ** num)
-    return _matched(compose(hay, wanted, facts, [asked], generator, between_blocks=True), common)
+    return _matched(compose(hay, wanted, facts, [asked], generator, between_blocks=True), common, NEW_TOKENS["cwe"])
 
 
-def _other_words(first: int, times: int, generator: np.random.Generator) -> Iterator[str]:
-    """Words from number `first` on, so often each, near one another."""
+def _other_words(first: int, times: int, common: frozenset[int], generator: np.random.Generator) -> Iterator[str]:
+    """Words from number `first` on without the common ones, so often each, near one another."""
     for start in itertools.count(first, _NEAR):
-        for i in generator.permutation(_NEAR * times):
-            yield f"{word((start + i % _NEAR) % NUM_WORDS)}\n"
+        for i in generator.permutation(_NEAR * times).tolist():
+            code = (start + i % _NEAR) % NUM_WORDS
+            if code not in common:
+                yield f"{word(code)}\n"
 
 
 def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
@@ -147,7 +153,7 @@ def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator)
     found = [names[i] for i in np.argsort(-counts.sum(0))[:FREQUENT]]
     hay = scene._replace(background=_coded(words, counts, scene.encode(".")))
     asked = ask(scene, FWE_QUESTION, " " + " ".join(found), float(_CODED) ** FREQUENT)
-    return _matched(compose(hay, wanted, [], [asked], generator), found)
+    return _matched(compose(hay, wanted, [], [asked], generator), found, NEW_TOKENS["fwe"])
 
 
 def _distinct_counts(num: int, generator: np.random.Generator) -> np.ndarray:
@@ -200,11 +206,10 @@ def _filled(blocks: Stream, num: int, filler: np.ndarray) -> Iterator[np.ndarray
         yield np.resize(filler, min(_MAX_FILLER, left - start)).astype(np.int32)
 
 
-def _matched(sample: Sample, expected: Sequence[str]) -> Sample:
+def _matched(sample: Sample, expected: Sequence[str], max_new_tokens: int) -> Sample:
     """The sample with the published mark."""
     scorer = Scorer(MATCH, lambda written: string_match(written, expected))
-    most = len(sample.answers[-1].tokens) + _MORE_TOKENS
-    return dataclasses.replace(sample, scorers=(scorer,), max_new_tokens=most)
+    return dataclasses.replace(sample, scorers=(scorer,), max_new_tokens=max_new_tokens)
 
 
 def string_match(written: str, expected: Sequence[str]) -> float:

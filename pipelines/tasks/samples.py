@@ -29,12 +29,16 @@ class Scorer(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and what is asked in it. Questions and all answers are part of the text; the last answer ends it."""
+    """A text and what is asked in it. Questions and all answers are part of the text.
+
+    It ends with the last answer, or with a few tokens behind it that say that it is over: they are trained, so that
+    who writes freely knows where to end, and are no part of the answer.
+    """
 
     stream: Stream
     num_tokens: int  # of the text
     answers: tuple[Answer, ...]  # in order, at least one
-    needs_memory: bool = False  # what is asked for ends before the segment in which the first answer begins
+    needs_memory: bool = False  # what is asked for, or half the text, ends before the segment of the first answer
     depth: float | None = None  # where its facts stand between the earliest and the latest place, in [0, 1]
     oracle: float | None = None  # the share of answers that a named oracle without a memory of all has right
     scorers: tuple[Scorer, ...] = ()
@@ -79,10 +83,11 @@ class Asked(NamedTuple):
     question: np.ndarray  # tokens before the answer
     answer: np.ndarray
     num_choices: float
+    end: np.ndarray = np.zeros(0, dtype=np.int32)  # tokens behind the answer
 
 
-def ask(scene: Scene, question: str, answer: str, num_choices: float) -> Asked:
-    return Asked(scene.encode(question), scene.encode(answer), num_choices)
+def ask(scene: Scene, question: str, answer: str, num_choices: float, *, end: str = "") -> Asked:
+    return Asked(scene.encode(question), scene.encode(answer), num_choices, scene.encode(end))
 
 
 def compose(
@@ -94,11 +99,14 @@ def compose(
     *,
     place: Literal["anywhere", "start"] = "anywhere",
     between_blocks: bool = False,
+    ends: Sequence[int] = (),
 ) -> Sample:
     """Background with facts in it, in the order given, and the questions with their answers at the end.
 
     Facts stand anywhere, at the start, or all at the wanted depth. Where there is room they end before the segment in
-    which the first answer begins, so that only memory brings them there. `between_blocks` as in `joined`.
+    which the first answer begins, so that only memory brings them there. Without facts the text is what is asked about,
+    at least half of which lies before that segment wherever another precedes it. `between_blocks` and `ends` as in
+    `joined`.
     """
     tail, answers = closing(asked, wanted.length)
     num_facts = sum(len(fact) for fact in facts)
@@ -115,18 +123,18 @@ def compose(
     else:
         places = np.sort(generator.integers(latest + 1, size=len(facts)))
     inserts = [Insert(int(at), fact) for at, fact in zip(places, facts, strict=True)]
-    stream = joined(background, inserts, tail, between_blocks=between_blocks)
+    stream = joined(background, inserts, tail, between_blocks=between_blocks, ends=ends)
     depth = wanted.depth if place == "anywhere" else None
-    return Sample(stream, wanted.length, answers, room >= 0, depth)
+    return Sample(stream, wanted.length, answers, room >= 0 if facts else room > 0, depth)
 
 
 def closing(asked: Sequence[Asked], length: int) -> tuple[np.ndarray, tuple[Answer, ...]]:
     """Questions and answers one after another, and where the answers stand in a text of `length` that they end."""
-    tail = np.concatenate([part for one in asked for part in (one.question, one.answer)]).astype(np.int32)
+    tail = np.concatenate([part for one in asked for part in (one.question, one.answer, one.end)]).astype(np.int32)
     at, answers = length - len(tail), []
     for one in asked:
         answers.append(Answer(at + len(one.question), one.answer, one.num_choices))
-        at += len(one.question) + len(one.answer)
+        at += len(one.question) + len(one.answer) + len(one.end)
     return tail, tuple(answers)
 
 

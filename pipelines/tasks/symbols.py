@@ -82,7 +82,8 @@ def _distinct_keys(num: int, generator: np.random.Generator) -> list[str]:
 def sorting(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """Symbols whose frequencies drift from one distribution to another; then all of them, the most frequent first.
 
-    Ties go to the symbol with the lower letter. The oracle sorts by the counts of the last quarter alone.
+    Ties go to the symbol with the lower letter. Each answer is asked for behind the true ones before it, so that those
+    are out of the question: the oracle knows them too, and goes on with what comes most in the last quarter alone.
     """
     letters = _letters(scene, NUM_SORTED)
     if len({len(letter) for letter in letters}) > 1:
@@ -95,16 +96,16 @@ def sorting(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sam
     first, last = (generator.integers(1, 11, size=NUM_SORTED).astype(float) for _ in range(2))
     counts = _drifting_counts(num, first / first.sum(), last / last.sum(), generator)
     order, guess = _by_frequency(counts.sum(0)), _by_frequency(counts[-(len(counts) // 4) :].sum(0))
-    asked = [Asked(question if i == 0 else question[:0], letters[s], NUM_SORTED) for i, s in enumerate(order)]
+    asked = [Asked(question if i == 0 else question[:0], letters[s], NUM_SORTED - i) for i, s in enumerate(order)]
     length = num * width + len(question) + NUM_SORTED * width
     tail, answers = closing(asked, length)
     table = np.stack(letters).astype(np.int32)
     stream = joined(partial(_sorting_text, table, counts, int(generator.integers(2**62))), [], tail)
-    return Sample(stream, length, answers, _is_long(answers, wanted), oracle=float(np.mean(order == guess)))
+    return Sample(stream, length, answers, _is_long(answers, wanted), oracle=_right_by(guess, order))
 
 
 def _is_long(answers: tuple[Answer, ...], wanted: Wanted) -> bool:
-    """Whether symbols stand before the segment in which the first answer begins."""
+    """Whether a segment, so at least half of the symbols, stands before the one in which the first answer begins."""
     return answers[0].at > wanted.segment_len
 
 
@@ -118,6 +119,15 @@ def _drifting_counts(num: int, first: np.ndarray, last: np.ndarray, generator: n
 
 def _by_frequency(counts: np.ndarray) -> np.ndarray:
     return np.argsort(-counts, kind="stable")
+
+
+def _right_by(guess: np.ndarray, order: np.ndarray) -> float:
+    """The share of places of `order` at which the first of `guess` not listed before them stands."""
+    left, num_right = guess.tolist(), 0
+    for symbol in order.tolist():
+        num_right += left[0] == symbol
+        left.remove(symbol)
+    return num_right / len(order)
 
 
 def _sorting_text(letters: np.ndarray, counts: np.ndarray, seed: int) -> Iterator[np.ndarray]:

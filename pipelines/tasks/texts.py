@@ -90,17 +90,26 @@ def _repeated(block: np.ndarray, num: int) -> Iterator[np.ndarray]:
         yield block[: min(len(block), num - start)]
 
 
-def joined(background: Stream, inserts: Iterable[Insert], tail: np.ndarray, *, between_blocks: bool = False) -> Stream:
+def joined(
+    background: Stream,
+    inserts: Iterable[Insert],
+    tail: np.ndarray,
+    *,
+    between_blocks: bool = False,
+    ends: Sequence[int] = (),
+) -> Stream:
     """The background with inserts in it, those for one place in the order given, and `tail` behind all.
 
     `between_blocks` cuts no block of the background: an insert then stands before the block in which its place is.
+    With `ends`, tokens that end a sentence, it stands behind the last of them that its block has before its place, or
+    just there where the block has none.
     """
     ordered = sorted(inserts, key=lambda insert: insert.at)
-    return partial(_joined, background, ordered, tail, between_blocks)
+    return partial(_joined, background, ordered, tail, between_blocks, ends)
 
 
 def _joined(
-    background: Stream, inserts: Sequence[Insert], tail: np.ndarray, between_blocks: bool
+    background: Stream, inserts: Sequence[Insert], tail: np.ndarray, between_blocks: bool, ends: Sequence[int]
 ) -> Iterator[np.ndarray]:
     waiting, read = deque(inserts), 0
     for block in background():
@@ -108,6 +117,8 @@ def _joined(
         while waiting and waiting[0].at < read + len(block):
             insert = waiting.popleft()
             cut = 0 if between_blocks else insert.at - read
+            if ends:
+                cut = max(_sentence_start(block[:cut], ends), done)
             yield block[done:cut]
             yield insert.tokens
             done = cut
@@ -116,6 +127,12 @@ def _joined(
     for insert in waiting:  # at the end
         yield insert.tokens
     yield tail
+
+
+def _sentence_start(tokens: np.ndarray, ends: Sequence[int]) -> int:
+    """Tokens before the sentence that tokens (n,) break off in; all where none of them ends one."""
+    found = np.flatnonzero(np.isin(tokens, ends))
+    return int(found[-1]) + 1 if len(found) else len(tokens)
 
 
 def in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -34,7 +34,10 @@ ANSWERS = {"babilong": " office", "ruler": " 12 34", "longbench": " the cat", "s
 MARKS = {
     "babilong": [("in the Office", {"strict": 1, "lax": 1}), ("garden, office", {"strict": 0, "lax": 1})],
     "ruler": [("34 or so", {"string_match": 0.5})],
-    "longbench": [("Dog!", {"f1": 1, "exact_match": 1}), ("a cat sat", {"f1": 2 / 3, "exact_match": 0})],
+    "longbench": [
+        ("\nDog!\nQuestion: And", {"f1": 1, "exact_match": 1}),
+        ("a cat sat", {"f1": 2 / 3, "exact_match": 0}),
+    ],
     "scrolls": [("it", {"f1": 2 / 3, "exact_match": 0})],
 }
 
@@ -42,6 +45,8 @@ MARKS = {
 def write(path: Path, *rows: Any) -> str:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
@@ -51,7 +56,7 @@ def material(uri: str | None) -> Material:
     return Material(BYTES, open_held_out(None, BYTES), questions=uri, batch_size=2)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("form", ROWS)
 def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: Path) -> None:
     [question] = question_files.read(write(tmp_path / f"rows.{suffix}", ROWS[form]))
@@ -62,6 +67,77 @@ def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: P
     sample = question_files.sample(Scene(BYTES, texts.noise(BYTES)), question, 16)
     assert BYTES.decode(texts.whole(sample.stream)) == PROMPTS[form] + ANSWERS[form]
     assert sample.answers[0].at == len(PROMPTS[form])
+
+
+QA = "Answer the question based on the given documents. Only give me the answer.\n\nQuestion: Where?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mark", "num_tokens", "answer"),
+    [
+        ("Some special magic numbers are hidden within the following text.", 0.5, 128, " 12 34"),
+        ("Memorize and track the chain(s) of variable assignment hidden in the following text.", 0.5, 30, " 12 34"),
+        ("Below is a numbered list of words. In these words, some appear more often.", 0.5, 120, " 12 34"),
+        ("Read the following coded text and track the frequency of each coded word.", 0.5, 50, " 12 34"),
+        (QA, 1, 32, " 12"),
+    ],
+)
+def test_rulers_tasks_are_told_by_their_prompts(
+    prompt: str, mark: float, num_tokens: int, answer: str, tmp_path: Path
+) -> None:
+    [question] = question_files.read(write(tmp_path / "rows.jsonl", {**ROWS["ruler"], "input": prompt}))
+    [scorer] = question.scorers
+    assert scorer.mark("It is 34.") == mark
+    assert question.max_new_tokens == num_tokens
+    assert question.answer == answer
+
+
+@pytest.mark.parametrize(
+    ("data_set", "answers", "written", "marks", "num_tokens"),
+    [
+        ("hotpotqa", ["the cat"], " Cat\nmore", {"f1": 1, "exact_match": 1}, 32),
+        ("narrativeqa", ["a cat"], "a cat sat", {"f1": 2 / 3, "exact_match": 0}, 128),
+        ("multifieldqa_zh", ["北京市"], "北京。", {"f1": 4 / 5, "exact_match": 0}, 64),
+        ("gov_report", ["one two three four"], "one three\nfour five", {"rouge_l": 3 / 4}, 512),
+        ("vcsum", ["北京市"], "北市", {"rouge_l": 4 / 5}, 512),
+        ("trec_e", ["animal"], "animal or city", {"classification": 1 / 2}, 64),
+        ("trec", ["city name"], "city name\nanimal", {"classification": 1}, 64),
+        ("passage_retrieval_en", ["Paragraph 3"], "Paragraph 3, or 30", {"numbers": 1 / 2}, 32),
+        ("passage_count", ["7"], "none", {"numbers": 0}, 32),
+        ("lcc", ["x = 1"], "# set\nx = 2\n", {"edit_similarity": 4 / 5}, 64),
+        ("repobench-p", ["x = 1"], "\nx = 1\ny", {"edit_similarity": 1}, 64),
+    ],
+)
+def test_longbench_is_marked_by_its_data_set(
+    data_set: str, answers: list[str], written: str, marks: dict[str, float], num_tokens: int, tmp_path: Path
+) -> None:
+    row = {**ROWS["longbench"], "dataset": data_set, "answers": answers, "all_classes": ["animal", "city", "city name"]}
+    [question] = question_files.read(write(tmp_path / "rows.jsonl", row))
+    assert {scorer.metric: scorer.mark(written) for scorer in question.scorers} == pytest.approx(marks)
+    assert question.max_new_tokens == num_tokens
+
+
+def test_summaries_are_refused_without_rouge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    uri = write(tmp_path / "rows.jsonl", {**ROWS["longbench"], "dataset": "qmsum"})
+    with pytest.raises(InputError, match=r"row 1: LongBench's qmsum needs rouge_score.*pip install"):
+        question_files.read(uri)
+
+
+def test_rows_of_an_id_are_references_of_one_question(tmp_path: Path) -> None:
+    rows = [ROWS["scrolls"], {**ROWS["scrolls"], "id": "2"}, {**ROWS["scrolls"], "pid": "1_1", "output": "Here."}]
+    first, second = question_files.read(write(tmp_path / "rows.jsonl", *rows))
+    assert first.answer == second.answer == "It ends."
+    assert [[scorer.mark("here") for scorer in one.scorers] for one in (first, second)] == [[1, 1], [0, 0]]
+
+
+def test_how_much_is_written_does_not_depend_on_the_answer(tmp_path: Path) -> None:
+    for form, field, answers in (("babilong", "target", ["hallway", "a"]), ("scrolls", "output", ["It ends.", "No"])):
+        questions = [
+            question_files.read(write(tmp_path / "rows.jsonl", {**ROWS[form], field: answer}))[0] for answer in answers
+        ]
+        samples = [question_files.sample(Scene(BYTES, texts.noise(BYTES)), one, 16) for one in questions]
+        assert {sample.max_new_tokens for sample in samples} == {20 if form == "babilong" else 256}
 
 
 def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_path: Path) -> None:
@@ -82,7 +158,9 @@ def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_pat
     [
         ([], ["no rows"]),
         (["{"], ["line 1 is no JSON"]),
-        (["3"], ["line 1 is no JSON object"]),
+        (["3"], ["row 1 is no JSON object"]),
+        (["[{}, "], ["no JSON array"]),
+        ([{**ROWS["scrolls"], "output": None}], ["row 1", "output is null", "another split"]),
         ([{"text": "a"}], ["fields text", "BABILong", "SCROLLS"]),
         ([ROWS["babilong"], {"input": "a"}], ["row 2", "no row of BABILong", "question"]),
         ([{**ROWS["babilong"], "input": "a" * 300}], ["at length 200", "has 3"]),

@@ -50,10 +50,13 @@ def test_a_row_is_a_sample_with_its_answers_weighted(name: str) -> None:
         row = {field: getattr(window, field)[0].reshape(-1) for field in ("tokens", "labels", "weights", "is_answer")}
         assert row["tokens"].tolist() == tokens + [0] * (64 * num_segments - size)
         asked = {answer.at + i: token for answer in sample.answers for i, token in enumerate(answer.tokens.tolist())}
+        end = max(asked)  # what stands behind the last answer is trained like it
         for place in range(64 * num_segments):
             follows = place + 1
             assert row["labels"][place] == (tokens[follows] if follows < size else -100)
-            assert row["weights"][place] == (30 if follows in asked else 0.5 if follows < size else 0)
+            assert row["weights"][place] == (
+                30 if follows in asked or end < follows < size else 0.5 if follows < size else 0
+            )
             assert row["is_answer"][place] == (follows in asked)
             assert follows not in asked or asked[follows] == tokens[follows]
         assert window.lengths[0].tolist() == [min(64, max(0, size - 64 * i)) for i in range(num_segments)]
@@ -93,6 +96,15 @@ def test_text_that_weighs_nothing_is_not_asked_for() -> None:
     assert bare.is_answer.any()
     assert np.array_equal(bare.labels, np.where(bare.is_answer, weighed.labels, lanes.IGNORED))
     assert np.array_equal(bare.weights, np.where(bare.is_answer, weighed.weights, 0))
+
+
+def test_the_end_of_a_story_is_asked_for_where_its_text_weighs_nothing() -> None:
+    source = source_of([Choice("qa1", make("qa1"), texts.noise(BYTES))], text_weight=0.0)
+    window = lanes.Lanes([TaskLane(source, 3)], 64).window(0, 8)
+    [answer] = source.draw(0, 3, 8).answers
+    labels = window.labels[window.weights > 0]
+    assert BYTES.decode(labels) == BYTES.decode(answer.tokens) + "."
+    assert BYTES.decode(window.labels[window.is_answer]) == BYTES.decode(answer.tokens)
 
 
 def test_a_text_ends_anywhere_in_the_last_segment_and_asks_for_what_stood_before_it() -> None:

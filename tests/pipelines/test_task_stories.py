@@ -6,9 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines.tasks import babi
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import babi, texts
 from pipelines.tasks.babi import Story
-from pipelines.tasks.babilong import is_laxly_right, is_strictly_right
+from pipelines.tasks.babilong import is_laxly_right, is_strictly_right, story_task
+from pipelines.tasks.samples import Scene, TooShortError, Wanted
+
+BYTES = ByteTokenizer()
+SCENE = Scene(BYTES, texts.noise(BYTES))
 
 GO = re.compile(r"(\w+) (?:went|went back|moved|journeyed|travelled) to the (\w+)\.")
 TAKE = re.compile(r"(\w+) (?:took|got|grabbed|picked up) the (\w+) there\.")
@@ -112,6 +117,41 @@ def test_who_reads_a_story_finds_its_answer(task: str) -> None:
         assert Reader(story.facts).answer(story.question) == story.answer
 
 
+@pytest.mark.parametrize(
+    ("task", "low", "high", "mean"), [("qa1", 2, 10, 6), ("qa2", 3, 68, 17), ("qa3", 4, 32, 15), ("qa5", 4, 126, 19)]
+)
+def test_stories_are_as_long_as_published_and_long_ones_are_rare(task: str, low: int, high: int, mean: float) -> None:
+    sizes = [len(asked.facts) for asked in draw(task, 2000)]
+    assert min(sizes) == low
+    assert max(sizes) <= high
+    assert np.mean(sizes) == pytest.approx(mean, abs=1)
+    assert task != "qa1" or Counter(sizes).keys() == {2, 4, 6, 8, 10}
+    assert task == "qa1" or np.mean(sizes) > np.median(sizes)
+
+
+def test_facts_stand_between_sentences_of_prose() -> None:
+    def prose(num: int, generator: np.random.Generator) -> texts.Stream:
+        sentence = "it was so. was it? "
+        return lambda: iter([BYTES.encode((sentence * num)[:num])])
+
+    for seed in range(20):
+        sample = story_task("qa1")(Scene(BYTES, prose), Wanted(3000, 64), np.random.default_rng(seed))
+        parts = re.split(r"\n[A-Z][^\n]*\.\n", BYTES.decode(texts.whole(sample.stream)).partition("\nQuestion")[0])
+        assert len(parts) > 2
+        assert [part for part in parts[1:-1] if part and part[-1] not in ".?"] == []
+        assert parts[0][-1] in ".?" or "." not in parts[0]
+        assert "".join(parts) == ("it was so. was it? " * 3000)[: len("".join(parts))]
+
+
+def test_a_short_text_holds_a_story_that_fits() -> None:
+    for seed in range(100):
+        sample = story_task("qa5")(SCENE, Wanted(1000, 64), np.random.default_rng(seed))
+        assert len(texts.whole(sample.stream)) == 1000
+    with pytest.raises(TooShortError) as error:
+        story_task("qa5")(SCENE, Wanted(100, 64), np.random.default_rng(0))
+    story_task("qa5")(SCENE, Wanted(error.value.need, 64), np.random.default_rng(0))
+
+
 def test_who_draws_a_map_finds_what_lies_where() -> None:
     for story in draw("qa4", 300):
         assert len(story.facts) == 2
@@ -123,6 +163,34 @@ def test_no_label_answers_most_questions(task: str) -> None:
     answers = Counter(story.answer for story in draw(task, 400))
     assert set(answers) == set(babi.LABELS[task])
     assert max(answers.values()) < 400 / len(answers) * 2
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])
+def test_chance_is_among_what_is_asked_for_and_not_named(task: str) -> None:
+    """By the form of the question: a place, a person or a thing."""
+    seen = set()
+    for asked in draw(task, 200):
+        kinds = [(r"Where|What is", babi.PLACES), (r"Who", babi.GIVERS), (r"What did", babi.THINGS)]
+        kind = next(labels for pattern, labels in kinds if re.match(pattern, asked.question))
+        left = set(kind) - set(re.findall(r"\w+", asked.question))
+        assert set(babi.choices(asked)) == left
+        assert asked.answer in left
+        seen.add(len(left))
+    assert seen == {"qa1": {6}, "qa2": {6}, "qa3": {5}, "qa4": {5}, "qa5": {3, 4}}[task]
+    [answer] = story_task(task)(SCENE, Wanted(3000, 64), np.random.default_rng(0)).answers
+    assert answer.num_choices in seen
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa4"])
+def test_a_text_ends_with_the_label_and_a_stop_that_is_no_part_of_the_answer(task: str) -> None:
+    sample = story_task(task)(SCENE, Wanted(1000, 64), np.random.default_rng(0))
+    [answer] = sample.answers
+    label = BYTES.decode(answer.tokens)
+    assert label.strip() in babi.LABELS[task]
+    assert len(texts.whole(sample.stream)) == 1000
+    assert BYTES.decode(texts.whole(sample.stream)[answer.at - len("Answer:") :]) == f"Answer:{label}."
+    marks = {scorer.metric: scorer.mark(f"{label}. bathroom garden office") for scorer in sample.scorers}
+    assert marks == {"strict": 1, "lax": 1}
 
 
 @pytest.mark.parametrize(

@@ -262,16 +262,31 @@ def test_scorers_get_what_each_memory_writes(lengths: list[int]) -> None:
     batch = [dataclasses.replace(one.sample(), scorers=(scorer,), max_new_tokens=9) for one in questions]
     marks = batch_marks(model, batch, MEMORIES, BYTES)
     assert marks.scores == {memory: [{"length": 0.25}] * 3 for memory in MEMORIES}
-    whole = [BYTES.decode(rmt_core.generate(model, [one.tokens.tolist()], 9).tokens[0]) for one in questions]
+
+    def written(tokens: np.ndarray, session: rmt_core.Session | None = None) -> str:
+        return BYTES.decode(
+            rmt_core.generate(model, [tokens.tolist()], 9, session=session, stop_tokens=[256]).tokens[0]
+        )
+
+    whole = [written(one.tokens) for one in questions]
     starts = [(len(one.tokens) - 1) // 6 * 6 for one in questions]
     alone = rmt_core.open_session(model, 1)
     alone = alone._replace(state=rmt_core.state.zeroed(alone.state))
-    zeroed = [
-        BYTES.decode(rmt_core.generate(model, [one.tokens[at:].tolist()], 9, session=alone).tokens[0])
-        for one, at in zip(questions, starts, strict=True)
-    ]
+    zeroed = [written(one.tokens[at:], alone) for one, at in zip(questions, starts, strict=True)]
     assert len(heard) == 9
     assert set(whole) | set(zeroed) <= set(heard)
+
+
+def test_writing_ends_at_the_end_token() -> None:
+    model, [question] = byte_model(segment_len=6), questions_of(1, [20])
+    tokens = rmt_core.generate(model, [question.tokens.tolist()], 9).tokens[0]
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_id = tokens[4]
+    heard: list[str] = []
+    scorer = Scorer("heard", lambda written: float(heard.append(written) or 1))
+    sample = dataclasses.replace(question.sample(), scorers=(scorer,), max_new_tokens=9)
+    batch_marks(model, [sample], ["true"], tokenizer)
+    assert heard == [BYTES.decode(tokens[: tokens.index(tokens[4])])]
 
 
 @pytest.mark.parametrize("background", ["prose", "noise"])

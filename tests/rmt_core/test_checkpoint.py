@@ -87,6 +87,17 @@ def test_the_tokenizer_lies_beside_the_model(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
+def test_another_tokenizer_than_the_saved_one_is_refused(tmp_path: Path) -> None:
+    rmt_core.save(tmp_path / "model", tiny_model(), Tokenizer())
+    rmt_core.load(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(ValueError, match="is not the tokenizer that the model was saved with"):
+        rmt_core.load(tmp_path / "model")
+    rmt_core.save(tmp_path / "older", tiny_model())  # without one, any does
+    (tmp_path / "older" / "tokenizer.json").write_text("{}")
+    rmt_core.load(tmp_path / "older")
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         rmt_core.save(tmp_path / "model", tiny_model(), Tokenizer(fails=True))
