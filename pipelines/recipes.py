@@ -25,13 +25,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         },
     },
     # One of 16 symbols anywhere in noise, asked for at the end: to be evaluated far beyond the 384 tokens that training
-    # reaches (`--task detect --background noise`). Nothing but the answer counts.
+    # reaches (`--task detect --background noise`). Nothing but the answer counts. Most texts go on with the memory that
+    # the one before has left, so that symbols are learned to be written into memories of any age.
     "detect": {
         "segment_len": 24,
         "batch_size": 32,
         "dataset": {
             "task_fraction": 1.0,
             "tasks": [{"task": "detect", "background": "noise"}],
+            "task_fresh_fraction": 0.1,
             "task_text_weight": 0.0,
             "task_answer_weight": 1.0,
         },
@@ -42,8 +44,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "advance_below": 0.1,
         },
     },
-    # Stories after bAbI's tasks 1 to 5 in book prose, for a pretrained model with memory: give it --model.backbone, and as
-    # --data a store of prose made with its tokenizer. Some tasks are learned long before others, so stages last by steps.
+    # Stories after bAbI's tasks 1 to 5 in book prose, for a pretrained model with memory: give it --model.backbone, and
+    # as --data a store of prose made with its tokenizer. Some tasks are learned long before others, so stages last by
+    # steps.
     "qa": {
         "batch_size": 32,
         "model": {"memory": {"kind": "rmt", "num_tokens": 16}},

@@ -5,7 +5,7 @@ descriptions: one, two and three supporting facts, relations with two and with t
 and verbs are those of the published sets. Stories are drawn until their question has an answer.
 
 They have as few and as many facts as those that BABILong has of the published sets (Kuratov et al. 2024,
-arXiv:2406.10149, table 1): `qa1` any even number, as a published question follows every second sentence; `qa2`, `qa3`
+arXiv:2406.10149): `qa1` any even number, as a published question follows every second sentence; `qa2`, `qa3`
 and `qa5`, whose longest are rare, a number that falls off geometrically. Its mean is our choice, so that most stories
 can be learned in windows of a few segments: those with an answer have 17, 15 and 19 facts on average.
 """

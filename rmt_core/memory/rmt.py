@@ -50,9 +50,10 @@ class RMTMemory(Memory):
     "count": (B,)}`, the oldest past memory first, zeros behind the `count` valid ones. Published code keeps all of
     them; nothing is detached.
 
-    With `noise`, a segment in training reads and continues its memory with Gaussian noise on it, drawn as dropout is. What
-    is held only loosely is lost then, so that the model learns to restore its memory in every segment; without, nothing
-    in training tells whether small errors grow or shrink over more segments than it reaches. Not in published RMTs.
+    With `noise`, a segment in training reads and continues its memory with Gaussian noise on it, drawn as dropout is.
+    What is held only loosely is lost then, so that the model learns to restore its memory in every segment; without,
+    nothing in training tells whether small errors grow or shrink over more segments than it reaches. Not in published
+    RMTs.
 
     On an encoder (arXiv:2304.11062, section 2) the memory stands once, before the text, and what comes out of its rows
     is the new state; the options above are for causal backbones.

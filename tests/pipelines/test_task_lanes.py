@@ -68,9 +68,7 @@ def test_so_many_texts_begin_with_a_fresh_memory_and_all_are_the_same() -> None:
     choice = Choice("recall", recall.detect, store_prose(STORE))
 
     def windows(fraction: float) -> list[lanes.Window]:
-        source = TaskSource(
-            BYTES, [choice], 64, seed=1, text_weight=1.0, answer_weight=30.0, fresh_fraction=fraction
-        )
+        source = TaskSource(BYTES, [choice], 64, seed=1, text_weight=1.0, answer_weight=30.0, fresh_fraction=fraction)
         rows = lanes.Lanes([TaskLane(source, number) for number in range(8)], 64)
         return [rows.window(step, 2) for step in range(60)]
 

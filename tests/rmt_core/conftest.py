@@ -1,4 +1,4 @@
-"""Which kinds and compositions of memory are tested with the long tests: those of parts that are tested otherwise too."""
+"""Which kinds and compositions of memory are tested with the long tests: those whose parts are tested otherwise too."""
 
 import pytest
 
