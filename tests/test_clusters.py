@@ -106,6 +106,39 @@ def test_workers_are_spot_and_the_head_is_not(name: str, spot: str) -> None:
     assert pools == {"train", "data"} == set(_pools(config))
 
 
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_nothing_is_installed_outside_the_lock(name: str) -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    config = prepare_config(copy.deepcopy(launcher(name)))  # with the launcher's defaults where a file says nothing
+    assert not config["setup_commands"] + config["worker_setup_commands"]
+    for command in config["head_setup_commands"]:
+        words = shlex.split(command)
+        packages = [word for word in words[2:] if not word.startswith("--")]
+        assert words[:2] == ["pip", "install"]
+        assert "--no-deps" in words
+        for package, version in (word.split("==") for word in packages):
+            assert LOCK.get(package, version) == version
+
+
+def test_what_workers_have_is_said_where_the_provider_does_not_look_it_up() -> None:
+    """Ray's autoscaler fills it in on AWS alone; a type that has nothing is never started."""
+    config = launcher("gcp")
+    for kind, node in config["available_node_types"].items():
+        if kind != config["head_node_type"]:
+            assert node["resources"]["CPU"] == int(node["node_config"]["machineType"].rpartition("-")[2]), kind
+            assert node["resources"].get("GPU", 0) == (node["labels"][POOL] == "train"), kind
+
+
+def test_all_nodes_are_in_a_security_group_of_ones_own() -> None:
+    """One that Ray's AWS provider makes takes ssh from everywhere, whatever else the file says."""
+    config = launcher("aws")
+    groups = [node["node_config"]["SecurityGroupIds"] for node in config["available_node_types"].values()]
+    assert len(groups) == 3
+    assert all(group == groups[0] and group[0].startswith("sg-") for group in groups)
+    assert "security_group" not in config["provider"]
+
+
 def _pools(config: dict[str, Any]) -> list[str]:
     """What all nodes say, the head and the workers alike."""
     commands = (" ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
@@ -252,6 +285,7 @@ def test_versions_are_those_of_the_lock() -> None:
     assert re.search(r"^FROM python:3\.11-", image, re.MULTILINE)
     assert "pip install --no-cache-dir -r /tmp/requirements.lock" in image
     assert not re.findall(r"[a-z0-9]==[0-9]", image), "versions come from the lock alone"
+    assert {"openssh-client", "rsync"} <= set(image.split()), "how the launcher's head reaches workers"
     copied = [name for line in re.findall(r"^COPY (?:--\S+ )?(.+) \S+$", image, re.MULTILINE) for name in line.split()]
     assert {"requirements.lock", "rmt_core", "pipelines"} <= set(copied)
     assert all((ROOT / name).exists() for name in copied)
