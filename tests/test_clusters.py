@@ -146,6 +146,17 @@ def _pools(config: dict[str, Any]) -> list[str]:
     return said.split(",")
 
 
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_workers_listen_for_notices_of_their_end(cloud: str) -> None:
+    (command,) = (each for each in launcher(cloud)["worker_start_ray_commands"] if "spot_notice" in each)
+    words = shlex.split(command)
+    script = words[words.index("python") + 1].removeprefix("~/rmt/")
+    assert (ROOT / script).is_file()
+    assert f"COPY --chown=ray:ray {script} ./{script}" in (CLUSTERS / "Containerfile").read_text(encoding="utf-8")
+    assert words[words.index("python") + 2 :][:2] == [cloud, "$RAY_HEAD_IP:6379"]
+    assert (words[0], words[-1]) == ("setsid", "&"), "it outlives the session that starts it"
+
+
 def test_own_machines_are_all_started() -> None:
     config = launcher("local")
     assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
@@ -212,9 +223,14 @@ def test_workers_are_spot_and_have_time_to_checkpoint(name: str) -> None:
         pod = group["template"]["spec"]
         assert pod["nodeSelector"] == {"rmt/spot": "true"}
         assert "rmt/spot" in {toleration["key"] for toleration in pod["tolerations"]}
-        assert pod["terminationGracePeriodSeconds"] >= 60
+        drain_s = _variables(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        assert 60 <= int(drain_s) <= pod["terminationGracePeriodSeconds"] - 10
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] or group["labels"][POOL] == "data"
     assert "nodeSelector" not in RAY_SPECS[name]["headGroupSpec"]["template"]["spec"]
+
+
+def _variables(pod: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
 
 
 def test_the_network_policy_covers_every_pod() -> None:
