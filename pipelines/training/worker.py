@@ -45,6 +45,8 @@ from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.tracking import Tracker, start_trackers
 from pipelines.training.weights import fresh_model, load_trained
 
+CONFIG = "config.json"  # of a run: the driver writes it before workers start
+
 
 def open_store(config: TrainConfig) -> Store:
     """The segments to train on; InputError where they are of another tokenizer than the backbone's."""
@@ -179,6 +181,7 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
 
 def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
     """What a worker needs to start; the checkpoint stays open as long as the stack. InputError."""
+    _check_output(config.output)
     setup = set_up(config)
     if dist.get_rank() == 0:
         setup = setup._replace(trackers=start_trackers(config))
@@ -188,6 +191,17 @@ def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, F
     progress = checkpoints.read_progress(folder)
     check_same(progress.identity, setup.identity, "the checkpoint is of a run")
     return setup, Found(folder, progress)
+
+
+def _check_output(output: str) -> None:
+    """InputError where this node, which may have come after the driver had asked all nodes, does not see the output."""
+    written = storage.join(output, CONFIG)
+    if not storage.exists(written):
+        node = ray.util.get_node_ip_address()
+        raise InputError(
+            f"node {node} does not see {written}, which the driver wrote; give paths on storage that all machines "
+            "share, or s3://"
+        )
 
 
 def set_up(config: TrainConfig) -> Setup:
@@ -227,6 +241,7 @@ def _checkpoint(config: TrainConfig, stack: contextlib.ExitStack) -> Path | None
         return None
     if os.environ["LOCAL_RANK"] == "0":  # once a machine
         storage.check_sums(folder, where)
+        checkpoints.check_parts(folder, where)
     return folder
 
 
@@ -351,7 +366,7 @@ class Run:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             self.write(Path(name))
-            storage.seal(Path(name), part=f"worker_{self.rank:05d}")
+            storage.seal(Path(name), part=checkpoints.part_name(self.rank))
             reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
         self.checkpoint_s = time.monotonic() - began
