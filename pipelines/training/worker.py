@@ -280,11 +280,13 @@ class Run:
             stack.callback(self.instruments.close)
             for tracker in self.setup.trackers:
                 stack.callback(tracker.close)
-            self._loop(monitor)
+            journal = Journal(self.config.output, self.step) if self.rank == 0 else None
+            if journal is not None:
+                stack.callback(journal.close)
+            self._loop(monitor, journal)
 
-    def _loop(self, monitor: Any) -> None:
+    def _loop(self, monitor: Any, journal: Journal | None) -> None:
         config, every = self.config, self.config.report
-        journal = Journal(config.output, self.step) if self.rank == 0 else None
         if self.rank == 0:
             workers = f"{self.world_size} worker{'s' * (self.world_size > 1)}"
             monitor.note.remote(f"training with {workers} from step {self.step}")
@@ -308,8 +310,11 @@ class Run:
             due = stop or self.step % every.checkpoint_every == 0 or self.step == config.num_steps
             is_announced = not due and look and bell.is_new(ray.train.get_preemption_info())
             if (due or is_announced) and saved != self.step:
+                saving = time.monotonic()
+                if journal is not None:
+                    journal.flush()
                 self.save(metrics)
-                saved, began = self.step, time.monotonic()
+                saved, began = self.step, began + time.monotonic() - saving
                 if is_announced and self.rank == 0:
                     monitor.note.remote(f"a node is about to be taken away: there is a checkpoint of step {self.step}")
             if stop:
