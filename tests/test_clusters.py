@@ -358,3 +358,24 @@ def test_sizes_are_deepspeeds() -> None:
             stage3(num, layer, num_gpus_per_node=count, cpu_offload=True, cpu_offload_params=False)[1],
         ]
         assert [float(cell) for cell in cells] == [round(value / 1e9, 1) for value in expected], (size, gpus)
+
+
+def test_what_is_said_to_fit_fits_the_nodes_that_are_shipped() -> None:
+    """A third of the GPU is left, and of the node's memory what Ray's object store may take."""
+    text = (CLUSTERS / "README.md").read_text(encoding="utf-8")
+    sizes = {(row[0], row[3]): row for row in rows(text, "## How large a model")}
+    fits = rows(text, "### What fits on these nodes")
+    assert {row[0] for row in fits} == {"1B", "3B", "8B"}
+    for size, nodes, stage, gpu, held in fits:
+        row = sizes[size, nodes]
+        offloads = stage.endswith("CPU")
+        assert gpu == row[6 if offloads else {"2": 4, "3": 5}[stage]], (size, nodes)
+        total = float(row[1])
+        assert float(held) == round(24 * total * offloads / int(nodes) + 2 * total, 1), (size, nodes)
+        assert float(gpu) <= 24 * 2 / 3
+        assert float(held) <= 0.7 * 64 * 2**30 / 1e9
+        assert int(nodes) <= launcher("aws")["available_node_types"]["train_gpu_spot"]["max_workers"]
+    for spec in RAY_SPECS.values():
+        for pod in pods(spec):
+            limits = pod["containers"][0]["resources"]["limits"]
+            assert "nvidia.com/gpu" not in limits or limits["memory"] == "64Gi"
