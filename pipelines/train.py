@@ -44,6 +44,7 @@ from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.extras import require_extra
 from pipelines.recipes import find_recipe
 from pipelines.training import checkpoints
+from pipelines.training.backbones import apart, described
 from pipelines.training.claim import claimed
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, check_same, identity_of
@@ -189,7 +190,8 @@ def _outlined(
 ) -> tuple[rmt_core.ModelConfig, rmt_core.RecurrentModel]:
     """The model's configuration, and the model without weights: none are read. InputError where parts do not fit."""
     try:
-        description = model_config(config, tokenizer, store.segment_len)
+        with described(config) as at_hand:
+            description = apart(model_config(at_hand, tokenizer, store.segment_len))
         model = outline(description, config.model)
     except ValueError as error:
         raise InputError(str(error)) from error

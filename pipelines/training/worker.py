@@ -4,6 +4,7 @@ Axes: R rows of a worker.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ from pipelines.tasks import TASKS, texts
 from pipelines.tasks.questions import QuestionTask
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
+from pipelines.training.backbones import apart, brought, with_backbone
 from pipelines.training.bell import SILENT, Bell
 from pipelines.training.checkpoints import Part, Progress
 from pipelines.training.identity import Identity, check_same, identity_of
@@ -44,6 +46,8 @@ from pipelines.training.settings import TrainConfig, learning_rate, model_config
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.tracking import Tracker, start_trackers
 from pipelines.training.weights import fresh_model, load_trained
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"  # of a run: the driver writes it before workers start
 
@@ -59,11 +63,16 @@ def open_store(config: TrainConfig) -> Store:
     else:
         store = Mixture(stores, config.dataset.weights)
     backbone = config.model.backbone
-    if backbone is not None and storage.exists(storage.join(backbone, "tokenizer.json")):
-        brought = load_tokenizer(backbone).fingerprint
-        if brought != store.tokenizer_fingerprint:
+    if backbone is not None and not storage.exists(storage.join(backbone, "tokenizer.json")):
+        log.warning(
+            "model.backbone %s brings no tokenizer.json: whether the data was made with its tokenizer is not checked",
+            backbone,
+        )
+    elif backbone is not None:
+        fingerprint = load_tokenizer(backbone).fingerprint
+        if fingerprint != store.tokenizer_fingerprint:
             raise InputError(
-                f"model.backbone {backbone} brings tokenizer {brought[:16]}, the data was made with "
+                f"model.backbone {backbone} brings tokenizer {fingerprint[:16]}, the data was made with "
                 f"{store.tokenizer_fingerprint[:16]}; prepare the data with --tokenizer {backbone}"
             )
     return store
@@ -148,7 +157,11 @@ def train_worker(settings: dict[str, Any], monitor: Any) -> None:
     if not config.workers.use_gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
     with contextlib.ExitStack() as stack:
-        prepared = _together(lambda: _prepare(config, stack), monitor)
+        local = _together(lambda: _bring(config, stack), monitor)
+        if local is None:
+            return
+        at_hand = _shared(local)
+        prepared = _together(lambda: _prepare(config, at_hand, stack), monitor)
         if prepared is None:
             return
         run = start_run(*prepared)
@@ -179,10 +192,24 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
     return None
 
 
-def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
-    """What a worker needs to start; the checkpoint stays open as long as the stack. InputError."""
+def _bring(config: TrainConfig, stack: contextlib.ExitStack) -> TrainConfig:
+    """The configuration with its backbone on this machine, which the first worker there brings. InputError."""
+    return stack.enter_context(brought(config)) if os.environ["LOCAL_RANK"] == "0" else config
+
+
+def _shared(local: TrainConfig) -> TrainConfig:
+    """With the place that the first worker of this machine has the backbone at; every worker calls it."""
+    node = os.environ["NODE_RANK"]
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, (node, os.environ["LOCAL_RANK"], local.model.backbone))
+    place = next(place for there, rank, place in places if (there, rank) == (node, "0"))
+    return local if place is None else with_backbone(local, place)
+
+
+def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
+    """What a worker needs to start, `at_hand` with its backbone; the checkpoint is open as the stack is. InputError."""
     _check_output(config.output)
-    setup = set_up(config)
+    setup = set_up(at_hand)._replace(config=config)
     if dist.get_rank() == 0:
         setup = setup._replace(trackers=start_trackers(config))
     folder = _checkpoint(config, stack)
@@ -210,6 +237,7 @@ def set_up(config: TrainConfig) -> Setup:
     tokenizer = store.load_tokenizer()
     description = model_config(config, tokenizer, store.segment_len)
     model = fresh_model(description, config.model, config.seed)
+    description = model.config = apart(description)
     lanes = make_lanes(config, store, tokenizer)
     numbers = list(range(len(lanes)))[dist.get_rank() :: dist.get_world_size()]
     mine = data.Lanes([lanes[number] for number in numbers], store.segment_len)

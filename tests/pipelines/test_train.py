@@ -155,13 +155,14 @@ def test_a_second_start_leaves_what_the_first_is_writing(
 def test_a_node_that_came_later_and_does_not_see_the_output_is_named(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "set_up", lambda config: "everything")
+    known = worker.Setup(config(finished), *[None] * 7)  # type: ignore[arg-type]
+    monkeypatch.setattr(worker, "set_up", lambda config: known)
     monkeypatch.setattr(worker, "_checkpoint", lambda config, stack: None)
     monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
     with contextlib.ExitStack() as stack:
-        assert worker._prepare(config(finished), stack) == ("everything", None)
+        assert worker._prepare(config(finished), config(finished), stack) == (known, None)
         with pytest.raises(InputError, match=f"^node .* does not see {tmp_path}/config.json, which the driver wrote"):
-            worker._prepare(config(tmp_path), stack)
+            worker._prepare(config(tmp_path), config(tmp_path), stack)
 
 
 def test_a_list_of_checkpoints_that_is_cut_off_is_told(tmp_path: Path) -> None:
