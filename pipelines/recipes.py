@@ -17,7 +17,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # for the first time: so stages last until they are learned. One worker: so small a model gains nothing from two.
     "tiny": {
         "segment_len": 48,
-        "dataset": {"task_fraction": 0.75, "task_answer_weight": 1000.0},
+        "dataset": {"task_fraction": 0.75, "task_answer_weight": 1000.0, "piece_segments": 64},  # four books, more rows
         "curriculum": {
             "num_segments": [1, 2, 3, 4, 6, 8],
             "steps": [150, 450, 200, 150, 150, 200],
@@ -42,8 +42,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "advance_below": 0.1,
         },
     },
-    # Stories after bAbI's tasks 1 to 5 in book prose, for a pretrained model with memory: give it --model.backbone, and as
-    # --data a store of prose made with its tokenizer. Some tasks are learned long before others, so stages last by steps.
+    # Stories after bAbI's tasks 1 to 5 in book prose, for a pretrained model with memory: give it --model.backbone, and
+    # as --data a store of prose made with its tokenizer. Some tasks are learned long before others, so stages last by
+    # steps.
     "qa": {
         "batch_size": 32,
         "model": {"memory": {"kind": "rmt", "num_tokens": 16}},
@@ -66,7 +67,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": 20},
         "curriculum": {"num_segments": [1, 2, 4, 8, 16], "steps": [50, 100, 200, 200, 400], "vary": False},
         "gradient": {"mode": "replay"},
-        "dataset": {"task_fraction": 0.0, "piece_segments": None},
+        "dataset": {"task_fraction": 0.0},
         "report": {"log_every": 5, "checkpoint_every": 50},
     },
 }
