@@ -43,6 +43,7 @@ log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.prepa
 
 _REPORT_S = 10.0  # between progress lines
 _MAX_IN_FLIGHT = 64  # batches of a unit, of about 5 MB each with their tokens; more than its reader can keep up with
+_POOL_CPUS = 32  # of a pool that is idle, or has not started yet: as many as take `_MAX_IN_FLIGHT`
 _SHOWN_KEYS = ("num_documents", "num_segments", "num_tokens", "num_errors", "num_bytes", "num_files", "errors")
 
 
@@ -139,7 +140,7 @@ def _units(files: list[FileEntry], output: str, segment_len: int, tokenizer: Tok
 
 def _run(units: list[Unit]) -> list[UnitResult]:
     """Every unit's result, in order."""
-    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    num_cpus = _num_cpus()
     items = [{**unit._asdict(), "in_flight": _in_flight(unit, len(units), num_cpus)} for unit in units]
     results: list[UnitResult] = []
     last_report = time.monotonic()
@@ -151,6 +152,12 @@ def _run(units: list[Unit]) -> list[UnitResult]:
             megabytes = sum(document.num_bytes for document in done) / 1e6
             log.info("%d of %d units: %d documents, %.1f MB", len(results), len(units), len(done), megabytes)
     return sorted(results, key=lambda result: result.number)
+
+
+def _num_cpus() -> int:
+    """Cores that may come to work: those that there are, or more where a pool grows with the work it is given."""
+    there = int(ray.cluster_resources().get("CPU", 1))
+    return max(there, _POOL_CPUS) if pool("data") else there
 
 
 def _in_flight(unit: Unit, num_units: int, num_cpus: int) -> int:

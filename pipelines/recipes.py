@@ -17,7 +17,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # for the first time: so stages last until they are learned. One worker: so small a model gains nothing from two.
     "tiny": {
         "segment_len": 48,
-        "dataset": {"task_fraction": 0.75, "task_answer_weight": 1000.0},
+        "dataset": {"task_fraction": 0.75, "task_answer_weight": 1000.0, "piece_segments": 64},  # four books, more rows
         "curriculum": {
             "num_segments": [1, 2, 3, 4, 6, 8],
             "steps": [150, 450, 200, 150, 150, 200],
@@ -69,7 +69,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": 20},
         "curriculum": {"num_segments": [1, 2, 4, 8, 16], "steps": [50, 100, 200, 200, 400], "vary": False},
         "gradient": {"mode": "replay"},
-        "dataset": {"task_fraction": 0.0, "piece_segments": None},
+        "dataset": {"task_fraction": 0.0},
         "report": {"log_every": 5, "checkpoint_every": 50},
     },
 }

@@ -44,6 +44,8 @@ from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.extras import require_extra
 from pipelines.recipes import find_recipe
 from pipelines.training import checkpoints
+from pipelines.training.backbones import apart, described
+from pipelines.training.claim import claimed
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, check_same, identity_of
 from pipelines.training.monitor import Monitor
@@ -53,7 +55,7 @@ from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.tracking import check_tracking
 from pipelines.training.visibility import check_storage
 from pipelines.training.weights import save_backbone
-from pipelines.training.worker import make_lanes, open_store, train_worker
+from pipelines.training.worker import CONFIG, make_lanes, open_store, train_worker
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
 
@@ -89,8 +91,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return finished
     with connect():
         check_storage(config.output, _inputs(config), _resources(config))
-        storage.write_json(storage.join(config.output, "config.json"), config.model_dump(mode="json"))
-        metrics = _fit(config)
+        with claimed(config.output):
+            return _run(config, identity)
+
+
+def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
+    """The run of a directory that nobody else works on."""
+    _remove_unfinished(config.output)
+    storage.write_json(storage.join(config.output, CONFIG), config.model_dump(mode="json"))
+    metrics = _fit(config)
     model = _publish(config)
     log.info("trained %d steps; the model is in %s", config.num_steps, model)
     result = {"output": config.output, "checkpoint": model, "num_steps": config.num_steps, **metrics}
@@ -181,7 +190,8 @@ def _outlined(
 ) -> tuple[rmt_core.ModelConfig, rmt_core.RecurrentModel]:
     """The model's configuration, and the model without weights: none are read. InputError where parts do not fit."""
     try:
-        description = model_config(config, tokenizer, store.segment_len)
+        with described(config) as at_hand:
+            description = apart(model_config(at_hand, tokenizer, store.segment_len))
         model = outline(description, config.model)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -217,12 +227,17 @@ def _earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
             raise InputError(f"{config.output} holds a run of an earlier version; give another --output")
         check_same(_progress(config.output).identity, identity, f"{config.output} holds a run")
         log.info("going on with the run in %s from step %d", config.output, _progress(config.output).step)
-    for name in names:
+    return None
+
+
+def _remove_unfinished(output: str) -> None:
+    """Deletes what is named as a checkpoint and is none; nobody may be writing it."""
+    registered = _checkpoints(output)
+    for name in storage.list_names(output):
         if name.startswith("checkpoint_") and name not in registered and not name.endswith(".json"):
             log.info("removing %s, which was not finished when a worker or the run was stopped", name)
-            files, path = storage.filesystem(storage.join(config.output, name))
+            files, path = storage.filesystem(storage.join(output, name))
             files.delete_dir(path)
-    return None
 
 
 def _checkpoints(output: str) -> list[str]:

@@ -106,11 +106,55 @@ def test_workers_are_spot_and_the_head_is_not(name: str, spot: str) -> None:
     assert pools == {"train", "data"} == set(_pools(config))
 
 
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_nothing_is_installed_outside_the_lock(name: str) -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    config = prepare_config(copy.deepcopy(launcher(name)))  # with the launcher's defaults where a file says nothing
+    assert not config["setup_commands"] + config["worker_setup_commands"]
+    for command in config["head_setup_commands"]:
+        words = shlex.split(command)
+        packages = [word for word in words[2:] if not word.startswith("--")]
+        assert words[:2] == ["pip", "install"]
+        assert "--no-deps" in words
+        for package, version in (word.split("==") for word in packages):
+            assert LOCK.get(package, version) == version
+
+
+def test_what_workers_have_is_said_where_the_provider_does_not_look_it_up() -> None:
+    """Ray's autoscaler fills it in on AWS alone; a type that has nothing is never started."""
+    config = launcher("gcp")
+    for kind, node in config["available_node_types"].items():
+        if kind != config["head_node_type"]:
+            assert node["resources"]["CPU"] == int(node["node_config"]["machineType"].rpartition("-")[2]), kind
+            assert node["resources"].get("GPU", 0) == (node["labels"][POOL] == "train"), kind
+
+
+def test_all_nodes_are_in_a_security_group_of_ones_own() -> None:
+    """One that Ray's AWS provider makes takes ssh from everywhere, whatever else the file says."""
+    config = launcher("aws")
+    groups = [node["node_config"]["SecurityGroupIds"] for node in config["available_node_types"].values()]
+    assert len(groups) == 3
+    assert all(group == groups[0] and group[0].startswith("sg-") for group in groups)
+    assert "security_group" not in config["provider"]
+
+
 def _pools(config: dict[str, Any]) -> list[str]:
     """What all nodes say, the head and the workers alike."""
     commands = (" ".join(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
     (said,) = {re.findall(r"RMT_POOLS=(\S+?)[; ]", each)[0] for each in commands}
     return said.split(",")
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_workers_listen_for_notices_of_their_end(cloud: str) -> None:
+    (command,) = (each for each in launcher(cloud)["worker_start_ray_commands"] if "spot_notice" in each)
+    words = shlex.split(command)
+    script = words[words.index("python") + 1].removeprefix("~/rmt/")
+    assert (ROOT / script).is_file()
+    assert f"COPY --chown=ray:ray {script} ./{script}" in (CLUSTERS / "Containerfile").read_text(encoding="utf-8")
+    assert words[words.index("python") + 2 :][:2] == [cloud, "$RAY_HEAD_IP:6379"]
+    assert (words[0], words[-1]) == ("setsid", "&"), "it outlives the session that starts it"
 
 
 def test_own_machines_are_all_started() -> None:
@@ -179,9 +223,14 @@ def test_workers_are_spot_and_have_time_to_checkpoint(name: str) -> None:
         pod = group["template"]["spec"]
         assert pod["nodeSelector"] == {"rmt/spot": "true"}
         assert "rmt/spot" in {toleration["key"] for toleration in pod["tolerations"]}
-        assert pod["terminationGracePeriodSeconds"] >= 60
+        drain_s = _variables(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        assert 60 <= int(drain_s) <= pod["terminationGracePeriodSeconds"] - 10
         assert "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] or group["labels"][POOL] == "data"
     assert "nodeSelector" not in RAY_SPECS[name]["headGroupSpec"]["template"]["spec"]
+
+
+def _variables(pod: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
 
 
 def test_the_network_policy_covers_every_pod() -> None:
@@ -252,6 +301,7 @@ def test_versions_are_those_of_the_lock() -> None:
     assert re.search(r"^FROM python:3\.11-", image, re.MULTILINE)
     assert "pip install --no-cache-dir -r /tmp/requirements.lock" in image
     assert not re.findall(r"[a-z0-9]==[0-9]", image), "versions come from the lock alone"
+    assert {"openssh-client", "rsync"} <= set(image.split()), "how the launcher's head reaches workers"
     copied = [name for line in re.findall(r"^COPY (?:--\S+ )?(.+) \S+$", image, re.MULTILINE) for name in line.split()]
     assert {"requirements.lock", "rmt_core", "pipelines"} <= set(copied)
     assert all((ROOT / name).exists() for name in copied)
@@ -308,3 +358,24 @@ def test_sizes_are_deepspeeds() -> None:
             stage3(num, layer, num_gpus_per_node=count, cpu_offload=True, cpu_offload_params=False)[1],
         ]
         assert [float(cell) for cell in cells] == [round(value / 1e9, 1) for value in expected], (size, gpus)
+
+
+def test_what_is_said_to_fit_fits_the_nodes_that_are_shipped() -> None:
+    """A third of the GPU is left, and of the node's memory what Ray's object store may take."""
+    text = (CLUSTERS / "README.md").read_text(encoding="utf-8")
+    sizes = {(row[0], row[3]): row for row in rows(text, "## How large a model")}
+    fits = rows(text, "### What fits on these nodes")
+    assert {row[0] for row in fits} == {"1B", "3B", "8B"}
+    for size, nodes, stage, gpu, held in fits:
+        row = sizes[size, nodes]
+        offloads = stage.endswith("CPU")
+        assert gpu == row[6 if offloads else {"2": 4, "3": 5}[stage]], (size, nodes)
+        total = float(row[1])
+        assert float(held) == round(24 * total * offloads / int(nodes) + 2 * total, 1), (size, nodes)
+        assert float(gpu) <= 24 * 2 / 3
+        assert float(held) <= 0.7 * 64 * 2**30 / 1e9
+        assert int(nodes) <= launcher("aws")["available_node_types"]["train_gpu_spot"]["max_workers"]
+    for spec in RAY_SPECS.values():
+        for pod in pods(spec):
+            limits = pod["containers"][0]["resources"]["limits"]
+            assert "nvidia.com/gpu" not in limits or limits["memory"] == "64Gi"

@@ -94,7 +94,7 @@ def settings(job: Job) -> dict[str, Any]:
         "segment_len": sizes.segment_len,
         "model": _shape(sizes.width, sizes.num_layers),
         "curriculum": _steps(sizes.num_segments, sizes.num_steps),
-        "dataset": {"task_fraction": 0.0},
+        "dataset": {"task_fraction": 0.0, "piece_segments": 64},
         "workers": {"use_gpu": job.device == "cuda"},
         "report": {"log_every": sizes.log_every, "checkpoint_every": sizes.num_steps},
     }

@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 import rmt_core
+from pipelines import storage
 from pipelines.config import InputError
+from pipelines.stores.sums import incomplete
 from pipelines.training.identity import Identity, seal
 from rmt_core.state import State
 
@@ -60,13 +62,18 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / PROGRESS).read_text()))
 
 
+def part_name(rank: int) -> str:
+    """Of a worker's files, without what says what they hold."""
+    return f"worker_{rank:05d}"
+
+
 def write_part(folder: Path, rank: int, numbers: Sequence[int], part: Part, identity: Identity) -> None:
     """A worker's files; `numbers` are its lanes'."""
     lanes = {f"{number:05d}": rmt_core.state.select(part.memory, [row]) for row, number in enumerate(numbers)}
     carried = {"lanes": lanes, "sums": part.sums, "random": part.random}
     cursors = dict(zip(map(str, numbers), part.cursors, strict=True))
-    (folder / f"worker_{rank:05d}.json").write_text(json.dumps({"cursors": cursors}))
-    (folder / f"worker_{rank:05d}.safetensors").write_bytes(rmt_core.state.to_bytes(carried, seal(identity)))
+    (folder / f"{part_name(rank)}.json").write_text(json.dumps({"cursors": cursors}))
+    (folder / f"{part_name(rank)}.safetensors").write_bytes(rmt_core.state.to_bytes(carried, seal(identity)))
 
 
 def read_part(folder: Path, rank: int, world_size: int, numbers: Sequence[int], progress: Progress) -> Part:
@@ -81,13 +88,13 @@ def read_part(folder: Path, rank: int, world_size: int, numbers: Sequence[int], 
     sums: dict[str, torch.Tensor] = {}
     random = None
     for writer in [rank] if same else range(progress.num_workers):
-        cursors |= json.loads((folder / f"worker_{writer:05d}.json").read_text())["cursors"]
+        cursors |= json.loads((folder / f"{part_name(writer)}.json").read_text())["cursors"]
         try:
             carried = rmt_core.state.from_bytes(
-                (folder / f"worker_{writer:05d}.safetensors").read_bytes(), seal(progress.identity)
+                (folder / f"{part_name(writer)}.safetensors").read_bytes(), seal(progress.identity)
             )
         except ValueError as error:
-            raise InputError(f"{folder.name}/worker_{writer:05d}.safetensors: {error}") from error
+            raise InputError(f"{folder.name}/{part_name(writer)}.safetensors: {error}") from error
         lanes |= carried["lanes"]
         for name, value in carried["sums"].items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
@@ -96,6 +103,13 @@ def read_part(folder: Path, rank: int, world_size: int, numbers: Sequence[int], 
         sums = {name: torch.zeros_like(value) for name, value in sums.items()}
     memory = rmt_core.state.stack([lanes[f"{number:05d}"] for number in numbers])
     return Part(memory, [cursors[str(number)] for number in numbers], sums, random)
+
+
+def check_parts(folder: Path, where: str) -> None:
+    """DamagedError, with `where` as the checkpoint's name, where checksums of a worker that wrote it are missing."""
+    parts = (f"{part_name(rank)}.sha256" for rank in range(read_progress(folder).num_workers))
+    if missing := [name for name in parts if not (folder / name).is_file()]:
+        raise storage.DamagedError(incomplete(where, missing))
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -76,9 +76,10 @@ class DataSettings(Config):
         "epoch",
     )
     piece_segments: int | None = Field(
-        default=64,
+        default=None,
         ge=1,
-        description="with mode stream: documents are followed in pieces of at most so many segments; none: whole",
+        description="with mode stream: documents are followed in pieces of at most so many segments, each with a fresh "
+        "memory; none: whole",
     )
     task_fraction: float = Field(
         default=0.5, ge=0, le=1, description="of the rows that read texts of tasks, the others read documents"

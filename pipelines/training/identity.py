@@ -1,12 +1,13 @@
 """What a run is, so that a checkpoint is continued under the same settings, data and model only."""
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import rmt_core
+from pipelines import storage
 from pipelines.config import InputError, canonical_json, fingerprint
 from pipelines.data.mixture import Store
 from pipelines.training.settings import TrainConfig
@@ -21,6 +22,7 @@ HOUSEKEEPING: dict[str, Any] = {
 Identity = dict[str, Any]  # settings, data and model: JSON values by part
 
 _WEIGHTS = ("*.safetensors", "*.bin")  # of a Hugging Face directory, the first that there are
+_READ_BYTES = 16 * 1024**2  # at a time
 
 
 def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) -> Identity:
@@ -44,15 +46,25 @@ def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) 
 
 
 def _fingerprint_weights(backbone: str) -> str:
-    """A hash of a directory's weights, by names and contents of their files."""
-    found = (sorted(Path(backbone).glob(pattern)) for pattern in _WEIGHTS)
-    files = next((paths for paths in found if paths), [])
-    if not files:
+    """A hash of a directory's weights, on disk or S3, by names and contents of their files."""
+    names = storage.list_names(backbone)
+    found = (fnmatch.filter(names, pattern) for pattern in _WEIGHTS)
+    chosen = next((each for each in found if each), [])
+    if not chosen:
         raise InputError(f"model.backbone {backbone!r} holds no weights ({' or '.join(_WEIGHTS)})")
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name in chosen:
+        digest.update(f"{name} {_sha256_of(storage.join(backbone, name))}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256_of(uri: str) -> str:
+    """Of a file's bytes, read a part at a time."""
+    digest = hashlib.sha256()
+    files, path = storage.filesystem(uri)
+    with files.open_input_file(path) as stream:
+        while part := stream.read(_READ_BYTES):
+            digest.update(part)
     return digest.hexdigest()
 
 

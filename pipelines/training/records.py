@@ -4,9 +4,12 @@ Axes: R rows of a worker, K segments of a window, T tokens of a segment.
 """
 
 import json
+import logging
 import math
 import resource
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,11 @@ import rmt_core
 from pipelines import storage
 from pipelines.data.lanes import Window
 
+log = logging.getLogger(__name__)
+
 INDICES = 32  # the loss by segment index is kept for the first so many segments; later ones are counted with the last
+
+_UPLOAD_S, _UPLOAD_SHARE = 30.0, 20.0  # between uploads of metrics.jsonl: seconds, and times what the last one took
 
 Metrics = dict[str, Any]
 
@@ -30,6 +37,7 @@ class Sums:
         self.clear()
 
     def clear(self) -> None:
+        self.num_timed = 0  # tokens read by this process, unlike those that a checkpoint brought
         self.by_index = torch.zeros(2, INDICES, dtype=torch.float64)  # nats and labels by segment index
         self.answers = torch.zeros(2, dtype=torch.float64)
         self.places = torch.zeros(4, dtype=torch.int64)  # tokens and places for them, segments and places for them
@@ -53,22 +61,27 @@ class Sums:
         answers = torch.from_numpy(window.is_answer)
         self.answers += torch.stack([nats[answers].sum(), answers.sum().double()])
         lengths = window.lengths
+        self.num_timed += int(lengths.sum())
         self.places += torch.tensor([lengths.sum(), window.tokens.size, (lengths > 0).sum(), lengths.size])
 
     def metrics(self, elapsed_s: float) -> Metrics:
-        """Means over all workers; every worker calls it, and all begin to sum anew."""
-        flat = torch.cat([self.by_index.flatten(), self.answers, self.places.double()]).to(self.device)
+        """Means over all workers; every worker calls it, and all begin to sum anew.
+
+        `elapsed_s` is what the steps since the last line, or since a start from a checkpoint, took.
+        """
+        timed = torch.tensor([self.num_timed], dtype=torch.float64)
+        flat = torch.cat([self.by_index.flatten(), self.answers, self.places.double(), timed]).to(self.device)
         dist.all_reduce(flat)
         flat = flat.cpu()
-        by_index, (answer_nats, num_answers) = flat[: 2 * INDICES].view(2, INDICES), flat[2 * INDICES : -4].tolist()
-        num_tokens, token_places, num_segments, segment_places = flat[-4:].tolist()
+        by_index, (answer_nats, num_answers) = flat[: 2 * INDICES].view(2, INDICES), flat[2 * INDICES : -5].tolist()
+        num_tokens, token_places, num_segments, segment_places, num_timed = flat[-5:].tolist()
         self.clear()
         nats, counts = by_index.tolist()
         return {
             "loss": _mean(sum(nats), sum(counts)),
             "answer_loss": _mean(answer_nats, num_answers),
             "loss_by_segment": [_mean(n, c) for n, c in zip(nats, counts, strict=True)][: _used(counts)],
-            "tokens_per_s": num_tokens / elapsed_s,
+            "tokens_per_s": num_timed / elapsed_s,
             "padding_fraction": 1 - num_tokens / max(token_places, 1),
             "lane_use_fraction": num_segments / max(segment_places, 1),
         }
@@ -99,30 +112,66 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Journal:
-    """metrics.jsonl and TensorBoard files of a run, written by one worker; lines after `step` are dropped."""
+    """metrics.jsonl and TensorBoard's files of a run, written by one worker; lines after `step` are dropped.
+
+    On S3, where nothing can be added to an object, metrics.jsonl is written whole now and then, at most every
+    `_UPLOAD_S`, and both at every `flush`.
+    """
 
     def __init__(self, output: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.uri = storage.join(output, "metrics.jsonl")
-        old = storage.read_bytes(self.uri).decode().splitlines() if storage.exists(self.uri) else []
-        self.lines = [line for line in old if json.loads(line)["step"] <= step]
-        local = not storage.is_s3(output)
-        self.board = SummaryWriter(str(Path(output) / "tensorboard"), purge_step=step) if local else None
-        storage.write_bytes(self.uri, self._content())
+        self.uri, self.board_uri = storage.join(output, "metrics.jsonl"), storage.join(output, "tensorboard")
+        self.lines = _lines_until(self.uri, step)
+        self.remote = storage.is_s3(output)
+        self._folder = tempfile.TemporaryDirectory(prefix="rmt-") if self.remote else None
+        self.board = SummaryWriter(self.board_uri if self._folder is None else self._folder.name, purge_step=step)
+        self._num_new = 0  # lines since the last flush
+        self._upload()
 
-    def _content(self) -> bytes:
-        return "".join(line + "\n" for line in self.lines).encode()
+    def _upload(self) -> None:
+        began = time.monotonic()
+        storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
+        now = time.monotonic()
+        self._next_s = now + max(_UPLOAD_S, _UPLOAD_SHARE * (now - began))
 
     def write(self, metrics: Metrics) -> None:
         """One line of metrics, which hold their `step`."""
         self.lines.append(json.dumps(metrics))
-        if storage.is_s3(self.uri):  # objects cannot grow
-            storage.write_bytes(self.uri, self._content())
-        else:
+        self._num_new += 1
+        if not self.remote:
             with open(self.uri, "a", encoding="utf-8") as file:
                 file.write(self.lines[-1] + "\n")
-        if self.board is not None:
-            for name, value in scalars(metrics).items():
-                self.board.add_scalar(name if "/" in name else f"train/{name}", value, metrics["step"])
-            self.board.flush()
+        elif time.monotonic() >= self._next_s:
+            self._upload()
+        for name, value in scalars(metrics).items():
+            self.board.add_scalar(name if "/" in name else f"train/{name}", value, metrics["step"])
+        self.board.flush()
+
+    def flush(self) -> None:
+        """Everything is where it belongs when this returns."""
+        if self._folder is not None and self._num_new:
+            self._upload()
+            for path in sorted(Path(self._folder.name).iterdir()):
+                storage.write_bytes(storage.join(self.board_uri, path.name), path.read_bytes())
+        self._num_new = 0
+
+    def close(self) -> None:
+        self.flush()
+        self.board.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _lines_until(uri: str, step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step; what a kill left half written is no line."""
+    found, num_torn = [], 0
+    for line in storage.read_bytes(uri).decode(errors="replace").splitlines() if storage.exists(uri) else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            num_torn += 1
+    if num_torn:
+        log.warning("%s: left out %d lines that are no metrics, as a kill leaves them half written", uri, num_torn)
+    return found

@@ -34,7 +34,8 @@ class ModelSettings(Config):
     """The model: a backbone's directory, or the shape of a new one with random weights."""
 
     backbone: str | None = Field(
-        default=None, description="directory saved by Hugging Face; none: a new one of the shape below"
+        default=None,
+        description="directory saved by Hugging Face, on disk or s3://; none: a new one of the shape below",
     )
     family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"] = Field(
         default="llama", description="of a new backbone"

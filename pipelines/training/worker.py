@@ -4,6 +4,7 @@ Axes: R rows of a worker.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ from pipelines.tasks import TASKS, texts
 from pipelines.tasks.questions import QuestionTask
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
+from pipelines.training.backbones import apart, brought, with_backbone
 from pipelines.training.bell import SILENT, Bell
 from pipelines.training.checkpoints import Part, Progress
 from pipelines.training.identity import Identity, check_same, identity_of
@@ -44,6 +46,10 @@ from pipelines.training.settings import TrainConfig, learning_rate, model_config
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.tracking import Tracker, start_trackers
 from pipelines.training.weights import fresh_model, load_trained
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"  # of a run: the driver writes it before workers start
 
 
 def open_store(config: TrainConfig) -> Store:
@@ -57,11 +63,16 @@ def open_store(config: TrainConfig) -> Store:
     else:
         store = Mixture(stores, config.dataset.weights)
     backbone = config.model.backbone
-    if backbone is not None and storage.exists(storage.join(backbone, "tokenizer.json")):
-        brought = load_tokenizer(backbone).fingerprint
-        if brought != store.tokenizer_fingerprint:
+    if backbone is not None and not storage.exists(storage.join(backbone, "tokenizer.json")):
+        log.warning(
+            "model.backbone %s brings no tokenizer.json: whether the data was made with its tokenizer is not checked",
+            backbone,
+        )
+    elif backbone is not None:
+        fingerprint = load_tokenizer(backbone).fingerprint
+        if fingerprint != store.tokenizer_fingerprint:
             raise InputError(
-                f"model.backbone {backbone} brings tokenizer {brought[:16]}, the data was made with "
+                f"model.backbone {backbone} brings tokenizer {fingerprint[:16]}, the data was made with "
                 f"{store.tokenizer_fingerprint[:16]}; prepare the data with --tokenizer {backbone}"
             )
     return store
@@ -147,7 +158,11 @@ def train_worker(settings: dict[str, Any], monitor: Any) -> None:
     if not config.workers.use_gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
     with contextlib.ExitStack() as stack:
-        prepared = _together(lambda: _prepare(config, stack), monitor)
+        local = _together(lambda: _bring(config, stack), monitor)
+        if local is None:
+            return
+        at_hand = _shared(local)
+        prepared = _together(lambda: _prepare(config, at_hand, stack), monitor)
         if prepared is None:
             return
         run = start_run(*prepared)
@@ -178,9 +193,24 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
     return None
 
 
-def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
-    """What a worker needs to start; the checkpoint stays open as long as the stack. InputError."""
-    setup = set_up(config)
+def _bring(config: TrainConfig, stack: contextlib.ExitStack) -> TrainConfig:
+    """The configuration with its backbone on this machine, which the first worker there brings. InputError."""
+    return stack.enter_context(brought(config)) if os.environ["LOCAL_RANK"] == "0" else config
+
+
+def _shared(local: TrainConfig) -> TrainConfig:
+    """With the place that the first worker of this machine has the backbone at; every worker calls it."""
+    node = os.environ["NODE_RANK"]
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, (node, os.environ["LOCAL_RANK"], local.model.backbone))
+    place = next(place for there, rank, place in places if (there, rank) == (node, "0"))
+    return local if place is None else with_backbone(local, place)
+
+
+def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
+    """What a worker needs to start, `at_hand` with its backbone; the checkpoint is open as the stack is. InputError."""
+    _check_output(config.output)
+    setup = set_up(at_hand)._replace(config=config)
     if dist.get_rank() == 0:
         setup = setup._replace(trackers=start_trackers(config))
     folder = _checkpoint(config, stack)
@@ -191,12 +221,24 @@ def _prepare(config: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, F
     return setup, Found(folder, progress)
 
 
+def _check_output(output: str) -> None:
+    """InputError where this node, which may have come after the driver had asked all nodes, does not see the output."""
+    written = storage.join(output, CONFIG)
+    if not storage.exists(written):
+        node = ray.util.get_node_ip_address()
+        raise InputError(
+            f"node {node} does not see {written}, which the driver wrote; give paths on storage that all machines "
+            "share, or s3://"
+        )
+
+
 def set_up(config: TrainConfig) -> Setup:
     """Opens the data, plans this worker's lanes and builds the model. InputError."""
     store = open_store(config)
     tokenizer = store.load_tokenizer()
     description = model_config(config, tokenizer, store.segment_len)
     model = fresh_model(description, config.model, config.seed)
+    description = model.config = apart(description)
     lanes = make_lanes(config, store, tokenizer)
     numbers = list(range(len(lanes)))[dist.get_rank() :: dist.get_world_size()]
     mine = data.Lanes([lanes[number] for number in numbers], store.segment_len)
@@ -228,6 +270,7 @@ def _checkpoint(config: TrainConfig, stack: contextlib.ExitStack) -> Path | None
         return None
     if os.environ["LOCAL_RANK"] == "0":  # once a machine
         storage.check_sums(folder, where)
+        checkpoints.check_parts(folder, where)
     return folder
 
 
@@ -266,11 +309,13 @@ class Run:
             stack.callback(self.instruments.close)
             for tracker in self.setup.trackers:
                 stack.callback(tracker.close)
-            self._loop(monitor)
+            journal = Journal(self.config.output, self.step) if self.rank == 0 else None
+            if journal is not None:
+                stack.callback(journal.close)
+            self._loop(monitor, journal)
 
-    def _loop(self, monitor: Any) -> None:
+    def _loop(self, monitor: Any, journal: Journal | None) -> None:
         config, every = self.config, self.config.report
-        journal = Journal(config.output, self.step) if self.rank == 0 else None
         if self.rank == 0:
             workers = f"{self.world_size} worker{'s' * (self.world_size > 1)}"
             monitor.note.remote(f"training with {workers} from step {self.step}")
@@ -294,8 +339,11 @@ class Run:
             due = stop or self.step % every.checkpoint_every == 0 or self.step == config.num_steps
             is_announced = not due and look and bell.is_new(ray.train.get_preemption_info())
             if (due or is_announced) and saved != self.step:
+                saving = time.monotonic()
+                if journal is not None:
+                    journal.flush()
                 self.save(metrics)
-                saved, began = self.step, time.monotonic()
+                saved, began = self.step, began + time.monotonic() - saving
                 if is_announced and self.rank == 0:
                     monitor.note.remote(f"a node is about to be taken away: there is a checkpoint of step {self.step}")
             if stop:
@@ -352,7 +400,7 @@ class Run:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             self.write(Path(name))
-            storage.seal(Path(name), part=f"worker_{self.rank:05d}")
+            storage.seal(Path(name), part=checkpoints.part_name(self.rank))
             reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
         self.checkpoint_s = time.monotonic() - began

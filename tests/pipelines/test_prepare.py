@@ -369,6 +369,18 @@ def test_a_unit_spread_over_workers_becomes_the_same(
     assert _errors(tmp_path / "one")[:2] == [("b.txt", "b", None, "not_utf8"), ("c.jsonl", None, 2, "not_json")]
 
 
+def test_an_idle_pool_gets_more_work_than_it_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows with the work that waits; nodes that are there are all that there is elsewhere."""
+    monkeypatch.setattr(prepare.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    assert prepare._num_cpus() == 2
+    monkeypatch.setenv("RMT_POOLS", "train,data")
+    assert prepare._num_cpus() == 32
+    long = Unit(0, [FileEntry("a.txt", "a.txt", 2**40, 0)], "", 1, "")
+    assert prepare._in_flight(long, 1, prepare._num_cpus()) == prepare._MAX_IN_FLIGHT
+    monkeypatch.setattr(prepare.ray, "cluster_resources", lambda: {})  # nobody yet
+    assert prepare._num_cpus() == 32
+
+
 def _files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir()}
 

@@ -31,12 +31,19 @@ def test_a_recipe_is_a_configuration(name: str) -> None:
     assert build(TrainConfig, find_recipe(name)).num_steps > 0
 
 
+def test_documents_are_followed_whole_but_where_a_recipe_says_otherwise() -> None:
+    pieces = {name: build(TrainConfig, recipe).dataset.piece_segments for name, recipe in RECIPES.items()}
+    assert pieces == dict.fromkeys(RECIPES) | {"tiny": 64}
+    assert build(TrainConfig, {}).dataset.piece_segments is None
+
+
 def test_a_recipe_in_a_file_is_the_same_as_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(MINE)
     words = [
         *["tiny", "--batch-size", "4", "--segment-len", "32", "dataset.task_fraction", "0.5"],
+        *["dataset.piece_segments", "none"],
         *["dataset.task_answer_weight", "30", "curriculum.advance_below", "none", "optimizer.learning_rate", "0.001"],
         *["curriculum.num_segments", "3", "4", "curriculum.steps", "1", "2", "curriculum.least_segments", "2"],
         *["dataset.tasks", "detect", '{"task": "reason", "weight": 2, "background": "noise", "depths": [0, 0.5]}'],

@@ -19,7 +19,7 @@ import rmt_core
 from pipelines import storage, train
 from pipelines.config import InputError, build
 from pipelines.data.tokenise import load_tokenizer
-from pipelines.training import worker
+from pipelines.training import claim, worker
 from pipelines.training.settings import (
     CurriculumSettings,
     OptimizerSettings,
@@ -110,7 +110,11 @@ def test_checkpoints_are_sealed_and_an_altered_one_is_refused(
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     settings = config(tmp_path, resume=str(tmp_path / "copy"))
-    for name, says in (("worker_00000.json", "damaged"), ("progress.json", "incomplete")):
+    for name, says in (
+        ("worker_00000.json", "damaged"),
+        ("progress.json", "incomplete"),
+        ("worker_00000.sha256", "incomplete"),
+    ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(last, tmp_path / "copy")
         with contextlib.ExitStack() as stack:
@@ -135,6 +139,30 @@ def test_a_run_cannot_begin_at_the_last_step_of_another(finished: Path, tmp_path
     last = max(finished.glob("checkpoint_*/progress.json"), key=lambda path: json.loads(path.read_text())["step"])
     with pytest.raises(InputError, match="is of the last step, 48: nothing is left to do"):
         train.train(config(tmp_path / "run", resume=str(last.parent)))
+
+
+def test_a_second_start_leaves_what_the_first_is_writing(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint_being_written").mkdir(parents=True)
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    with claim.claimed(str(run)), pytest.raises(InputError, match=f"another train is at work on {run}: process"):
+        train.train(config(run))
+    assert os.listdir(run) == ["checkpoint_being_written"]
+
+
+def test_a_node_that_came_later_and_does_not_see_the_output_is_named(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = worker.Setup(config(finished), *[None] * 7)  # type: ignore[arg-type]
+    monkeypatch.setattr(worker, "set_up", lambda config: known)
+    monkeypatch.setattr(worker, "_checkpoint", lambda config, stack: None)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
+    with contextlib.ExitStack() as stack:
+        assert worker._prepare(config(finished), config(finished), stack) == (known, None)
+        with pytest.raises(InputError, match=f"^node .* does not see {tmp_path}/config.json, which the driver wrote"):
+            worker._prepare(config(tmp_path), config(tmp_path), stack)
 
 
 def test_a_list_of_checkpoints_that_is_cut_off_is_told(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What training reads: stores by settings, checked against the backbone's tokenizer; lanes by mode."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def test_data_of_another_tokenizer_than_the_backbones_is_refused(stores: list[st
     assert ByteTokenizer().fingerprint[:16] in str(caught.value)
     assert "brings tokenizer " in str(caught.value)
     assert f"--tokenizer {backbone}" in str(caught.value)
+
+
+def test_a_backbone_without_a_tokenizer_is_told_to_be_unchecked(
+    stores: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        open_store(config(data=stores, model={"backbone": str(tmp_path)}))
+    assert f"model.backbone {tmp_path} brings no tokenizer.json" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["stream", "sample"])

@@ -1,0 +1,120 @@
+"""That one driver works on a run's directory at a time: what a second took for left-overs, the first may be writing.
+
+The driver leaves `driver.json` in the directory and writes it anew every few seconds, on disk and on S3 alike, without
+locks. Who finds one watches whether it changes, so that clocks of different machines need not agree: one that does is
+of a living driver, one that does not for `STALE_S` of a dead one. On the same machine the process is looked for
+instead.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines import storage
+from pipelines.config import InputError
+
+log = logging.getLogger(__name__)
+
+CLAIM = "driver.json"
+BEAT_S, STALE_S = 5.0, 30.0  # between two writings; without one, after which the driver counts as dead
+_SETTLE_S = 0.2  # in which two that start at once have both written, and the later one has it
+
+
+@contextlib.contextmanager
+def claimed(output: str) -> Iterator[None]:
+    """The directory is this process's while the block runs. InputError where another one is at work on it."""
+    uri = storage.join(output, CLAIM)
+    _wait_for_the_dead(uri, output)
+    mine = {"driver": uuid.uuid4().hex, "machine": _machine(), "pid": os.getpid(), "beat": 0}
+    storage.write_json(uri, mine)
+    time.sleep(_SETTLE_S)
+    found = _read(uri)
+    if found is not None and found["driver"] != mine["driver"]:
+        raise _refusal(output, found)
+    over = threading.Event()
+    thread = threading.Thread(target=_keep, args=(uri, mine, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        found = _read(uri)
+        if found is not None and found["driver"] == mine["driver"]:
+            storage.delete(uri)
+
+
+def _wait_for_the_dead(uri: str, output: str) -> None:
+    """Returns when nobody is at work; within a beat raises where somebody is."""
+    first = _read(uri)
+    if first is None or _is_dead(first):
+        return
+    log.info(
+        "another train of process %s may be at work on %s; looking for up to %.0f s", first["pid"], output, STALE_S
+    )
+    end = time.monotonic() + STALE_S
+    while time.monotonic() < end:
+        time.sleep(min(1.0, BEAT_S))
+        found = _read(uri)
+        if found is None:
+            return
+        if found != first:
+            raise _refusal(output, found)
+
+
+def _refusal(output: str, found: dict[str, Any]) -> InputError:
+    host = found["machine"].partition(" ")[0]
+    return InputError(
+        f"another train is at work on {output}: process {found['pid']} on {host}; wait until it ends, or end it, and "
+        f"give the command again: {STALE_S:.0f} s after its last sign of life it counts as dead"
+    )
+
+
+def _keep(uri: str, mine: dict[str, Any], over: threading.Event) -> None:
+    beat = 0
+    while not over.wait(BEAT_S):
+        beat += 1
+        try:
+            found = _read(uri)
+            if found is not None and found["driver"] != mine["driver"]:
+                log.error("another train, process %s, has taken over this run: stop one of the two", found["pid"])
+                return
+            storage.write_json(uri, mine | {"beat": beat})
+        except OSError as error:
+            log.warning("%s cannot be written (%s): a second train would not see this one", uri, error)
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    """What is there; None for nothing."""
+    try:
+        return dict(storage.read_json(uri)) if storage.exists(uri) else None
+    except (FileNotFoundError, ValueError):  # taken away meanwhile; no JSON: nobody's
+        return None
+
+
+def _machine() -> str:
+    """What tells whether a process id may be looked up here: the host and its space of process ids."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space}"
+
+
+def _is_dead(found: dict[str, Any]) -> bool:
+    """Whether the process was one of this machine and is gone; False where that cannot be known."""
+    if found["machine"] != _machine():
+        return False
+    try:
+        os.kill(found["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's, and alive
+        pass
+    return False

@@ -1,0 +1,103 @@
+"""A backbone in a bucket: brought to the machine while it is read, known by its contents, and not needed afterwards."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rmt_core
+from pipelines import storage, train
+from pipelines.config import InputError, build
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.training import worker
+from pipelines.training.backbones import apart, brought
+from pipelines.training.settings import TrainConfig, model_config
+
+
+def config(backbone: str, **changes: Any) -> TrainConfig:
+    settings = {
+        "batch_size": 2,
+        "segment_len": 48,
+        "model": {"backbone": backbone, "memory": {"kind": "rmt", "num_tokens": 2}},
+        "dataset": {"piece_segments": 5},
+        "curriculum": {"num_segments": [1], "steps": [2]},
+    }
+    return build(TrainConfig, settings | changes)
+
+
+@pytest.fixture(scope="module")
+def places(s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The same small Llama on disk and in a bucket."""
+    folder = tmp_path_factory.mktemp("backbone")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    storage.upload_directory(folder, f"{s3_bucket}/backbone")
+    return str(folder), f"{s3_bucket}/backbone"
+
+
+def test_the_run_is_the_same_wherever_its_backbone_lies(places: tuple[str, str]) -> None:
+    here, there = places
+    assert train.check(config(there)) == train.check(config(here))
+
+
+def test_a_description_apart_from_its_directory_says_the_same(places: tuple[str, str]) -> None:
+    description = model_config(config(places[0]), ByteTokenizer(), 48)
+    assert apart(description).to_json() == description.to_json()
+
+
+def test_a_bucket_without_a_backbone_is_named(s3_bucket: str) -> None:
+    with pytest.raises(InputError, match="nothing' holds no config.json"):
+        train.check(config(f"{s3_bucket}/nothing"))
+
+
+def test_a_plan_brings_no_weights(places: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(storage, "local_directory", None)
+    planned = train.plan(config(places[1], output=str(tmp_path / "run")))
+    assert planned["num_nodes_with_storage"] == 1
+
+
+def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(
+    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LOCAL_RANK": "0", "NODE_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with brought(config(places[1])) as at_hand:
+            folder = Path(str(at_hand.model.backbone))
+            assert worker._shared(at_hand) == at_hand
+            setup = worker.set_up(at_hand)
+        assert not folder.exists()
+        run = worker.start_run(setup, None)
+        before = setup.model.backbone.lm.get_input_embeddings().weight.clone()
+        run.advance()
+        run.write(tmp_path / "saved")
+        run.lanes.close()
+    finally:
+        torch.distributed.destroy_process_group()
+    saved = rmt_core.load(tmp_path / "saved" / "model")
+    brought_weights = LlamaForCausalLM.from_pretrained(places[0]).get_input_embeddings().weight
+    assert torch.equal(before, brought_weights)
+    assert not torch.equal(saved.backbone.lm.get_input_embeddings().weight, before)
+
+
+def test_workers_of_a_machine_read_what_its_first_one_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines with two workers each; the first of each has brought it."""
+    told = [("0", "0", "/tmp/a"), ("0", "1", "s3://b/m"), ("1", "0", "/tmp/b"), ("1", "1", "s3://b/m")]
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda: 4)
+
+    def gather(places: list[Any], mine: Any) -> None:
+        assert mine in told
+        places[:] = told
+
+    monkeypatch.setattr(worker.dist, "all_gather_object", gather)
+    for node, rank, place in told:
+        monkeypatch.setitem(os.environ, "NODE_RANK", node)
+        monkeypatch.setitem(os.environ, "LOCAL_RANK", rank)
+        wanted = "/tmp/a" if node == "0" else "/tmp/b"
+        assert worker._shared(config(place)).model.backbone == wanted

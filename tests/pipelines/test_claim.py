@@ -1,0 +1,72 @@
+"""One driver a run: a second one is refused while the first lives, and takes over once it is dead."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import storage
+from pipelines.config import InputError
+from pipelines.training import claim
+from pipelines.training.claim import CLAIM, claimed
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    monkeypatch.setattr(claim, "STALE_S", 2.0)
+
+
+def leave(output: str, **changes: Any) -> None:
+    """What a driver left that died."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    found = {"driver": "other", "machine": claim._machine(), "pid": dead.pid, "beat": 3} | changes
+    storage.write_json(storage.join(output, CLAIM), found)
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_a_second_driver_is_refused_while_the_first_is_at_work(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    output = str(tmp_path / "run") if where == "disk" else request.getfixturevalue("s3_bucket") + "/claimed"
+    with claimed(output):
+        with (
+            pytest.raises(InputError, match=r"another train is at work on .*: process \d+ on .*; wait until"),
+            claimed(output),
+        ):
+            raise AssertionError("two at work")
+        assert storage.exists(storage.join(output, CLAIM))
+    assert storage.list_names(output) == []
+
+
+def test_the_claim_goes_with_a_driver_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no more"), claimed(str(tmp_path)):
+        raise RuntimeError("no more")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "STALE_S", 1e6)
+    leave(str(tmp_path))
+    with claimed(str(tmp_path)):
+        assert json.loads((tmp_path / CLAIM).read_text())["driver"] != "other"
+
+
+def test_one_of_another_machine_is_dead_when_it_writes_no_more(tmp_path: Path) -> None:
+    leave(str(tmp_path), machine="elsewhere pid:[1]")
+    began = time.monotonic()
+    with claimed(str(tmp_path)):
+        assert time.monotonic() - began >= claim.STALE_S
+        assert json.loads((tmp_path / CLAIM).read_text())["driver"] != "other"
+
+
+def test_of_two_that_start_at_once_the_later_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: leave(str(tmp_path), machine="elsewhere pid:[1]", pid=7))
+    with pytest.raises(InputError, match="process 7 on elsewhere; wait"), claimed(str(tmp_path)):
+        raise AssertionError("two at work")
+    assert json.loads((tmp_path / CLAIM).read_text())["driver"] == "other"
