@@ -96,6 +96,8 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     ]
     for line, want in zip(lines, wanted, strict=True):
         assert line["state_floats"] == 3 * 32
+        assert line["num_parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+        assert line["segment_len"] == 16
         assert line["seed"] == 7
         assert {key: line[key] for key in want} == {**want, "value": pytest.approx(want["value"], abs=1e-9)}
     assert {line["memory"] for line in lines} == set(MEMORIES)
