@@ -5,7 +5,8 @@
 
 A group of models is shown as their mean, with a band from the lowest to the highest. Groups are named on the command
 line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal. Writes
-comparison.md and comparison.png; of two groups with equally many models the paired difference too.
+comparison.md and comparison.png; of two groups with equally many models the paired difference too, and of the tasks
+capacity_1 to capacity_64 capacity.md and capacity.png: facts held against the size of the state.
 """
 
 import sys
@@ -22,6 +23,7 @@ import pydantic
 
 from pipelines import storage
 from pipelines.config import Config, Count, run_job
+from pipelines.tasks import capacity
 from pipelines.tasks.comparison import differences_of_questions, read_groups
 from pipelines.tasks.comparison_plot import plot
 from pipelines.tasks.comparison_table import differences, markdown
@@ -29,7 +31,7 @@ from pipelines.tasks.questions import ACCURACY
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.compare")
 
-TABLE, PLOT = "comparison.md", "comparison.png"
+TABLE, PLOT, CAPACITY_TABLE, CAPACITY_PLOT = "comparison.md", "comparison.png", "capacity.md", "capacity.png"
 
 
 class CompareConfig(Config):
@@ -63,6 +65,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "table": (TABLE, markdown(groups, config.metric).encode()),
         "plot": (PLOT, plot(groups, config.metric, config.trained_len)),
     }
+    if config.metric == ACCURACY and capacity.are_asked(groups):
+        files["capacity_table"] = (CAPACITY_TABLE, capacity.markdown(groups).encode())
+        files["capacity_plot"] = (CAPACITY_PLOT, capacity.plot(groups))
     for name, data in files.values():
         storage.write_bytes(storage.join(output, name), data)
     return {

@@ -22,7 +22,7 @@ _UNITS = {
 }
 _PANEL_INCHES = (7.2, 5.0)
 _LEGEND_LINE_INCHES = 0.2
-_LEGEND_LETTERS_PER_INCH = 12
+_LEGEND_LETTERS_PER_INCH = 13
 
 
 def plot(groups: Sequence[Group], metric: str, trained_len: int | None) -> bytes:

@@ -203,3 +203,23 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert says.format(name=tmp_path.name) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_facts_held_are_the_most_that_are_right_at_95_percent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def model(name: str, values: dict[int, float], floats: int) -> str:
+        lines = [line for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
+        return evaluation(tmp_path / name, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
+
+    small = [model("a", {1: 1.0, 2: 0.96, 4: 0.94}, 256), model("b", {1: 0.5, 2: 0.5}, 256)]
+    large = model("c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, 512)
+    found = run(["--results", *small, large, "--output", str(tmp_path / "out")], capsys)
+    lines = Path(found["capacity_table"]).read_text().splitlines()
+    assert "| rmt | 256 | 2, 0 (mean 1.0000) |" in lines
+    assert "| rmt | 512 | 4 (mean 4.0000) |" in lines
+    assert Path(found["capacity_plot"]).read_bytes().startswith(b"\x89PNG")
+    named = run(["--results", "all=" + ",".join([*small, large]), "--output", str(tmp_path / "out")], capsys)
+    assert "| all | 512 | 4 (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
+    plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))
+    assert "capacity_table" not in run(["--results", plain, "--output", str(tmp_path / "plain-out")], capsys)
