@@ -2,7 +2,8 @@
 
     python pipelines/evaluate.py --model DIR --task perplexity,recall --lengths 4k,64k,1m --output DIR
 
-Every figure is measured with the true memory, with a zeroed one and with another row's. The output holds
+Every figure is measured with the true memory, with a zeroed one and with another row's; beside them stand the seconds
+and the peak of memory that each task took at each length. The output holds
 metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
 nothing, or goes on where it was interrupted; another model or other settings on the same output are refused.
 """

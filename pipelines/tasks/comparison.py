@@ -13,6 +13,7 @@ from pipelines import storage
 from pipelines.config import InputError
 from pipelines.tasks import TASKS
 from pipelines.tasks.base import MEMORIES
+from pipelines.tasks.cost import COSTS
 from pipelines.tasks.questions import AT_DEPTH
 from pipelines.tasks.report import (
     CONFIG,
@@ -28,7 +29,6 @@ from pipelines.tasks.report import (
 )
 
 BY_SEGMENT = "loss_by_segment"
-COSTS = ("seconds", "peak_bytes")
 _DECIDE = ("held_out", "background", "num_samples", "depths", "seed", "questions", "limit_segments")  # what is asked
 _DECIDE_COST = ("batch_size", "device")
 

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from pipelines.tasks.base import MEMORIES
-from pipelines.tasks.comparison import BY_SEGMENT, COSTS, Group, main_memory, panels, place_name, places
+from pipelines.tasks.comparison import BY_SEGMENT, Group, main_memory, panels, place_name, places
+from pipelines.tasks.cost import COSTS
 from pipelines.tasks.curves import End, grid, log_axis, name_ends, png, style
 from pipelines.tasks.report import STYLES, short_length
 
