@@ -1,9 +1,12 @@
-"""Put evaluations of several models side by side: seeds of one recipe, or kinds of memory.
+"""Put evaluations of several models side by side: seeds of one recipe, kinds of memory, or two recipes.
 
     python pipelines/compare.py --results runs/figures/seed-0 runs/figures/seed-1 --output DIR --trained-len 384
+    python pipelines/compare.py --results noise=runs/a,runs/b base=runs/c,runs/d --metric accuracy --output DIR
 
-Models with equal memories are taken as seeds: their mean, with a band from the lowest to the highest. Writes
-comparison.md and comparison.png.
+A group of models is shown as their mean, with a band from the lowest to the highest. Groups are named on the command
+line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal. Writes
+comparison.md and comparison.png; of two groups with equally many models the paired difference too, and of the tasks
+capacity_1 to capacity_64 capacity.md and capacity.png: facts held against the size of the state.
 """
 
 import sys
@@ -12,21 +15,36 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pydantic
 
 from pipelines import storage
-from pipelines.config import Config, Count, InputError, run_job
-from pipelines.tasks.comparison import by_memory, markdown, plot, read_evaluation
+from pipelines.config import Config, Count, run_job
+from pipelines.tasks import capacity
+from pipelines.tasks.comparison import differences_of_questions, read_groups
+from pipelines.tasks.comparison_plot import plot
+from pipelines.tasks.comparison_table import differences, markdown
+from pipelines.tasks.questions import ACCURACY
 
-TABLE, PLOT = "comparison.md", "comparison.png"
+log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.compare")
+
+TABLE, PLOT, CAPACITY_TABLE, CAPACITY_PLOT = "comparison.md", "comparison.png", "capacity.md", "capacity.png"
 
 
 class CompareConfig(Config):
-    results: list[str] = pydantic.Field(min_length=1, description="directories that evaluate wrote, on disk or s3://")
+    results: list[str] = pydantic.Field(
+        min_length=1,
+        description="directories that evaluate wrote, on disk or s3://, or named groups of them, NAME=DIR,DIR",
+    )
     output: str = pydantic.Field(description="directory of the table and the plot, on disk or s3://")
+    metric: str = pydantic.Field(
+        ACCURACY,
+        description="what is compared, of all that evaluate measured: accuracy, strict, exact, loss, loss_by_segment, "
+        "seconds, peak_bytes",
+    )
     trained_len: Count | None = pydantic.Field(
         None, ge=1, description="tokens of the longest texts that training read, shaded (none: nothing)"
     )
@@ -39,19 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Reads and draws; where the table and the plot are. Raises InputError."""
-    uris = [storage.absolute(uri) for uri in config.results]
-    if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
-        raise InputError(f"--results names {twice} twice")
-    evaluations = [read_evaluation(uri) for uri in uris]
+    groups = read_groups(config.results, config.metric)
+    if unlike := differences_of_questions([one for group in groups for one in group.evaluations]):
+        log.warning("not the same questions: %s", unlike)
     output = storage.absolute(config.output)
-    storage.write_bytes(storage.join(output, TABLE), markdown(evaluations).encode())
-    storage.write_bytes(storage.join(output, PLOT), plot(evaluations, config.trained_len))
-    groups = {memory: [one.name for one in mine] for memory, mine in by_memory(evaluations).items()}
+    files = {
+        "table": (TABLE, markdown(groups, config.metric).encode()),
+        "plot": (PLOT, plot(groups, config.metric, config.trained_len)),
+    }
+    if config.metric == ACCURACY and capacity.are_asked(groups):
+        files["capacity_table"] = (CAPACITY_TABLE, capacity.markdown(groups).encode())
+        files["capacity_plot"] = (CAPACITY_PLOT, capacity.plot(groups))
+    for name, data in files.values():
+        storage.write_bytes(storage.join(output, name), data)
     return {
         "output": output,
-        "table": storage.join(output, TABLE),
-        "plot": storage.join(output, PLOT),
-        "models": groups,
+        **{key: storage.join(output, name) for key, (name, _) in files.items()},
+        "models": {group.name: [one.name for one in group.evaluations] for group in groups},
+        "differences": [one._asdict() for one in differences(groups)],
     }
 
 

@@ -2,7 +2,8 @@
 
     python pipelines/evaluate.py --model DIR --task perplexity,recall --lengths 4k,64k,1m --output DIR
 
-Every figure is measured with the true memory, with a zeroed one and with another row's. The output holds
+Every figure is measured with the true memory, with a zeroed one and with another row's; beside them stand the seconds
+and the peak of memory that each task took at each length. The output holds
 metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
 nothing, or goes on where it was interrupted; another model or other settings on the same output are refused.
 """
@@ -199,6 +200,7 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
         state_floats=rmt_core.state.num_floats(model.init_state(1)),
         held_out=f"{held_out.name}, {num_tokens:,} tokens, {_counted(len(held_out.num_tokens), 'document')}",
         seed=", ".join(str(config.seed + i) for i in range(config.seeds)),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     identity = {
         **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
@@ -352,8 +354,8 @@ def _line(run: Run, figure: Figure, subject: Subject) -> dict[str, Any]:
     """A figure as a line of metrics.jsonl; a value that is no number, as a diverged model gives, is null."""
     told = {name: value for name, value in figure._asdict().items() if value is not None}
     value = figure.value if math.isfinite(figure.value) else None
-    about = {"seed": run.seed, "state_floats": subject.state_floats}
-    return {"task": run.task, "length": run.length, **told, "value": value, **about}
+    about = {name: getattr(subject, name) for name in ("state_floats", "num_parameters", "segment_len")}
+    return {"task": run.task, "length": run.length, **told, "value": value, "seed": run.seed, **about}
 
 
 def _summary(output: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

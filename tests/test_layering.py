@@ -26,6 +26,7 @@ JOBS = {
     "demo",
     "evaluate",
     "harness",
+    "pictures",
     "prepare",
     "serve",
     "summarise",

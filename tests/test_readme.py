@@ -4,7 +4,7 @@ What is changed to make them cheap, and only that:
 
 * the books of the copy are cut to their first 32 kB, and `runs/` is the copy's;
 * training gets two stages of two steps more on its command line, evaluation short lengths, few samples and few
-  segments, the benchmark `--quick`;
+  segments, pictures few texts, the benchmark `--quick`;
 * `serve`, which would not end, gets `--dry-run`;
 * `make` runs with -n, `pip install` is checked against pyproject.toml, `source .venv/bin/activate` is taken as done;
 * buckets, addresses, ports and tokens are those of an S3 server and a Ray cluster that the test starts; jobs that would
@@ -39,6 +39,7 @@ FROZEN = {
     "train": {"output", "checkpoint", "num_steps", "loss"},
     "evaluate": {"output", "metrics"},
     "compare": {"output", "table", "plot"},
+    "pictures": {"output", "pictures", "files"},
     "summarise": {"output", "num_ok", "num_error"},
     "benchmark": {"benchmark", "kept"},
     "serve": {"model", "url"},
@@ -46,6 +47,7 @@ FROZEN = {
 CHEAPER = {
     "train": "curriculum.num_segments 1 2 curriculum.steps 2 2 curriculum.advance_below none report.log_every 2",
     "evaluate": "--num-samples 4 --limit-segments 8 --batch-size 2",
+    "pictures": "--num-texts 16",
     "benchmark": "--quick",
     "serve": "--dry-run",
 }

@@ -1,167 +1,243 @@
-"""Evaluations of several models side by side: those of one memory, from several seeds, as a mean with a band.
+"""Evaluations of several models side by side, in groups: the models of a group are seeds of one recipe.
 
 A seed that failed is a line of the table and a dot of the plot like any other.
 """
 
-import io
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Drawing
 
 from pipelines import storage
 from pipelines.config import InputError
-from pipelines.tasks.base import MEMORIES, TRUE
-from pipelines.tasks.questions import ACCURACY
+from pipelines.tasks import TASKS
+from pipelines.tasks.base import MEMORIES
+from pipelines.tasks.cost import COSTS
+from pipelines.tasks.questions import AT_DEPTH
 from pipelines.tasks.report import (
     CONFIG,
     FORMAT,
     METRICS,
-    STYLES,
     Line,
     Subject,
-    cell,
+    curve_of,
     distinct,
-    length_axis,
+    mean_loss,
     pooled,
-    titled,
+    stretches,
 )
 
-_MARKERS = "osD^vPX*"  # of memories, as far as the eye tells them apart
-_LINES = ("-", "--", "-.", ":")
+BY_SEGMENT = "loss_by_segment"
+_DECIDE = ("held_out", "background", "num_samples", "depths", "seed", "questions", "limit_segments")  # what is asked
+_DECIDE_COST = ("batch_size", "device")
+
+
+class Point(NamedTuple):
+    """One figure, as a point of a curve."""
+
+    panel: str  # what the curve is of: a task, or texts of one length
+    at: int  # tokens of the text; of a loss by segment the first segment of a stretch
+    memory: str | None
+    line: Line
+
+    @property
+    def value(self) -> float:
+        """NaN where a diverged model gave no number."""
+        return math.nan if self.line["value"] is None else float(self.line["value"])
 
 
 class Evaluation(NamedTuple):
-    """What evaluate has left of one model."""
+    """What evaluate has left of one model: its figures of one metric; several seeds of questions are one."""
 
     name: str  # of its directory
+    uri: str
     subject: Subject
-    lines: list[Line]  # accuracies; those of several seeds of questions are one
+    questions: dict[str, str]  # the settings that decide what was asked, in words
+    points: list[Point]
+
+    def point(self, panel: str, at: int, memory: str | None) -> Point | None:
+        return next((point for point in self.points if point[:3] == (panel, at, memory)), None)
 
 
-def read_evaluation(uri: str) -> Evaluation:
-    """InputError where there is no finished evaluation, or it asked no questions."""
+class Group(NamedTuple):
+    """Models that are seeds of one another."""
+
+    name: str
+    label: str  # short, and no other group's
+    kind: str  # groups of one kind may differ in the size of their state
+    evaluations: list[Evaluation]
+
+    @property
+    def about(self) -> str:
+        """What its models are, in words."""
+        return "; ".join(dict.fromkeys(described(one.subject) for one in self.evaluations))
+
+    def values(self, panel: str, at: int, memory: str | None) -> list[float]:
+        """Of its models, as far as they were measured there."""
+        found = (one.point(panel, at, memory) for one in self.evaluations)
+        return [point.value for point in found if point is not None]
+
+    def mean(self, panel: str, at: int, memory: str | None) -> float | None:
+        values = self.values(panel, at, memory)
+        return sum(values) / len(values) if values else None
+
+    def places(self, panel: str) -> list[int]:
+        return places([self], panel)
+
+
+def read_groups(results: Sequence[str], metric: str) -> list[Group]:
+    """Groups as they are named, NAME=DIR,DIR; plain directories by model, memory and questions. Raises InputError."""
+    named: dict[str, list[str]] = {}
+    plain = []
+    for item in results:
+        name, equals, rest = item.partition("=")
+        if not equals or "/" in name:
+            plain.append(storage.absolute(item))
+        elif name in named or not rest.strip(","):
+            raise InputError(f"--results {item}: give each group once, with its directories: {name}=DIR,DIR")
+        else:
+            named[name] = [storage.absolute(uri) for uri in rest.split(",") if uri]
+    uris = [*plain, *(uri for mine in named.values() for uri in mine)]
+    if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
+        raise InputError(f"--results names {twice} twice")
+    groups = [Group(name, name, name, [read_evaluation(uri, metric) for uri in mine]) for name, mine in named.items()]
+    for group in groups:
+        if unlike := differences_of_questions(group.evaluations):
+            raise InputError(f"--results {group.name}: not the same questions: {unlike}; make groups of them")
+    groups += _alike([read_evaluation(uri, metric) for uri in plain])
+    segment_lens = {one.subject.segment_len for group in groups for one in group.evaluations}
+    if metric == BY_SEGMENT and len(segment_lens) > 1:
+        shown = " and ".join(map(str, sorted(segment_lens)))
+        raise InputError(f"--metric {BY_SEGMENT}: segments of {shown} tokens cannot be put side by side")
+    return groups
+
+
+def _alike(evaluations: Sequence[Evaluation]) -> list[Group]:
+    """Those of equal memories, sizes, segments and questions together, in the order given."""
+    differ = [name for name, values in _by_setting(evaluations).items() if len(values) > 1]
+    found: dict[str, list[Evaluation]] = {}
+    for one in evaluations:
+        asked = [f"{name} {one.questions.get(name, 'not told')}" for name in differ]
+        found.setdefault(", ".join([described(one.subject), *asked]), []).append(one)
+    kinds = [_kind(mine[0].subject) for mine in found.values()]
+    labels = [kind if kinds.count(kind) == 1 else f"{kind} {kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)]
+    return [Group(*about) for about in zip(found, labels, kinds, found.values(), strict=True)]
+
+
+def described(subject: Subject) -> str:
+    """A model in words."""
+    parameters = "" if subject.num_parameters is None else f", {subject.num_parameters:,} parameters"
+    return f"{subject.memory}, {subject.state_floats:,} floats{parameters}, segments of {subject.segment_len:,} tokens"
+
+
+def _kind(subject: Subject) -> str:
+    """A memory without its settings."""
+    return re.sub(r" \([^)]*\)", "", subject.memory)
+
+
+def differences_of_questions(evaluations: Sequence[Evaluation]) -> str:
+    """In one line: which settings are unlike and where; empty where all asked the same."""
+    unlike = {name: values for name, values in _by_setting(evaluations).items() if len(values) > 1}
+    return "; ".join(
+        f"{name} is {' and '.join(f'{value} in {_shortened(mine)}' for value, mine in values.items())}"
+        for name, values in unlike.items()
+    )
+
+
+def _by_setting(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, list[Evaluation]]]:
+    """setting -> value -> the evaluations that have it."""
+    found: dict[str, dict[str, list[Evaluation]]] = {}
+    for name in dict.fromkeys(name for one in evaluations for name in one.questions):
+        for one in evaluations:
+            found.setdefault(name, {}).setdefault(one.questions.get(name, "not told"), []).append(one)
+    return found
+
+
+def _shortened(evaluations: Sequence[Evaluation]) -> str:
+    """Where they are: the first one, and how many more."""
+    more = f" and {len(evaluations) - 1} more" if len(evaluations) > 1 else ""
+    return "/".join(evaluations[0].uri.split("/")[-2:]) + more
+
+
+# --- what evaluate wrote ----------------------------------------------------------------------------
+
+
+def read_evaluation(uri: str, metric: str) -> Evaluation:
+    """InputError where there is no finished evaluation, or it has no such figures."""
     file = storage.join(uri, CONFIG)
     content = storage.read_json(file) if storage.exists(file) else None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{uri} is no finished evaluation; give directories written by evaluate")
-    lines = [json.loads(line) for line in storage.read_bytes(storage.join(uri, METRICS)).splitlines()]
-    found = [line for line in pooled(lines) if line["metric"] == ACCURACY]
+    if metric == AT_DEPTH:
+        raise InputError(f"--metric {AT_DEPTH}: evaluate draws it, as a heat map of one model")
+    lines = pooled([json.loads(line) for line in storage.read_bytes(storage.join(uri, METRICS)).splitlines()])
+    found = [line for line in lines if line["metric"] == metric]
     if not found:
-        raise InputError(f"{uri} has no accuracy; evaluate tasks that ask questions")
-    return Evaluation(uri.rstrip("/").rpartition("/")[2], Subject(**content["model"]), found)
+        known = ", ".join(sorted(set(distinct(lines, "metric")) - {AT_DEPTH}))
+        raise InputError(f"{uri} has no {metric}; it has {known}")
+    points = _points_by_segment(found) if metric == BY_SEGMENT else [
+        Point(line["task"], line["length"], line.get("memory"), line) for line in found
+    ]  # fmt: skip
+    name = uri.rstrip("/").rpartition("/")[2]
+    asked = _questions(content.get("identity", {}), distinct(found, "task"), metric)
+    return Evaluation(name, uri.rstrip("/"), Subject(**content["model"]), asked, points)
 
 
-def by_memory(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
-    """Those with equal memories together, in the order given."""
-    groups: dict[str, list[Evaluation]] = {}
-    for one in evaluations:
-        groups.setdefault(f"{one.subject.memory}, {one.subject.state_floats:,} floats", []).append(one)
-    return groups
+def _points_by_segment(lines: Sequence[Line]) -> list[Point]:
+    """Means over segments 0, 1, 2-3, 4-7 and so on, for each length of texts."""
+    found = []
+    for length in distinct(lines, "length"):
+        for memory in MEMORIES:
+            curve = curve_of(lines, length, memory)
+            for start, end in stretches(len(curve)) if curve else ():
+                line = {"metric": BY_SEGMENT, "value": mean_loss(curve[start:end]), "end": end}
+                found.append(Point(f"texts of {length:,} tokens", start, memory, line))
+    return found
 
 
-def markdown(evaluations: Sequence[Evaluation]) -> str:
-    """For each task and memory a row a length: every model, then all of them with each memory."""
-    parts = []
-    for memory, mine in by_memory(evaluations).items():
-        for task in _tasks(mine):
-            heads = ["tokens", "samples", *(one.name for one in mine), "mean", "zeroed", "shuffled", "chance"]
-            rows = [_row(mine, task, length) for length in _lengths(mine, task)]
-            parts.append(titled(f"{task}: accuracy, memory {memory}", heads, rows))
-    parts.append("In brackets: the 95 % Wilson interval over a model's samples. Means are over models.")
-    return "\n\n".join(parts) + "\n"
+def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str) -> dict[str, str]:
+    """The settings that these tasks read, in words."""
+    read = {"tokenizer"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
+    if identity.get("background") == "noise" and "limit_segments" not in read:
+        read.discard("held_out")  # nothing of it is asked or read
+    names = ["tokenizer", *_DECIDE, "seeds", *(_DECIDE_COST if metric in COSTS else ())]
+    wanted = read | {"seeds" if "seed" in read else "", *(_DECIDE_COST if metric in COSTS else ())}
+    return {name: _in_words(identity[name]) for name in names if name in wanted and name in identity}
 
 
-def _row(evaluations: Sequence[Evaluation], task: str, length: int) -> list[str]:
-    found = [_line(one, task, length, TRUE) for one in evaluations]
-    samples = sorted({line["num_samples"] for line in found if line is not None})
-    means = [_mean(evaluations, task, length, memory) for memory in MEMORIES]
-    chance = next(line["chance"] for line in found if line is not None)
-    return [
-        f"{length:,}",
-        ", ".join(map(str, samples)),
-        *(cell(line) for line in found),
-        *("-" if mean is None else f"{mean:.4f}" for mean in means),
-        f"{chance:.4f}",
-    ]
+def _in_words(value: Any) -> str:
+    """Fingerprints by their first digits."""
+    shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shown[:16] or "none"
 
 
-def _tasks(evaluations: Sequence[Evaluation]) -> list[str]:
-    return distinct([line for one in evaluations for line in one.lines], "task")
+# --- where there are figures ------------------------------------------------------------------------
 
 
-def _lengths(evaluations: Sequence[Evaluation], task: str) -> list[int]:
-    return sorted({line["length"] for one in evaluations for line in one.lines if line["task"] == task})
+def panels(groups: Iterable[Group]) -> list[str]:
+    """What there are curves of, in the order of the evaluations."""
+    return list(dict.fromkeys(point.panel for group in groups for one in group.evaluations for point in one.points))
 
 
-def _line(evaluation: Evaluation, task: str, length: int, memory: str) -> Line | None:
-    wanted = (task, length, memory)
-    return next((line for line in evaluation.lines if (line["task"], line["length"], line["memory"]) == wanted), None)
-
-
-def _values(evaluations: Sequence[Evaluation], task: str, length: int, memory: str) -> list[float]:
-    found = (_line(one, task, length, memory) for one in evaluations)
-    return [line["value"] for line in found if line is not None]
-
-
-def _mean(evaluations: Sequence[Evaluation], task: str, length: int, memory: str) -> float | None:
-    values = _values(evaluations, task, length, memory)
-    return sum(values) / len(values) if values else None
-
-
-def plot(evaluations: Sequence[Evaluation], trained_len: int | None) -> bytes:
-    """A PNG, a panel a task: accuracy by length, a line a memory, the trained range shaded."""
-    tasks = _tasks(evaluations)
-    drawing = Drawing(figsize=(7.2 * len(tasks), 5.0), dpi=120, layout="constrained")
-    FigureCanvasAgg(drawing)
-    for panel, task in zip(drawing.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
-        _panel(panel, task, evaluations, trained_len)
-    out = io.BytesIO()
-    drawing.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
-
-
-def _panel(panel: Axes, task: str, evaluations: Sequence[Evaluation], trained_len: int | None) -> None:
-    groups = {memory: mine for memory, mine in by_memory(evaluations).items() if task in _tasks(mine)}
-    for number, (memory, mine) in enumerate(groups.items()):
-        style = {"linestyle": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
-        label = f"{memory}: mean of {len(mine)}" if len(mine) > 1 else memory
-        _curve(panel, mine, task, TRUE, {"color": "black", "label": label, **style})
-    if len(groups) == 1:
-        for memory in MEMORIES[1:]:
-            _curve(panel, evaluations, task, memory, {"label": f"{memory} memory", **STYLES[memory]})
-    chance = next(line["chance"] for one in evaluations for line in one.lines if line["task"] == task)
-    panel.axhline(chance, color="grey", linestyle=":", label=f"chance ({chance:.3g})")
-    lengths = _lengths(evaluations, task)
-    if trained_len is not None:
-        lengths = sorted({*lengths, trained_len})
-        panel.axvspan(0.5, trained_len, color="0.9", zorder=0, label=f"trained on up to {trained_len:,} tokens")
-    length_axis(panel, lengths)
-    panel.set_ylim(-0.03, 1.03)
-    panel.set_ylabel("accuracy (band and dots: single models)")
-    panel.set_title(f"{task}: accuracy by length", fontsize=10)
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="center left")
-
-
-def _curve(panel: Axes, mine: Sequence[Evaluation], task: str, memory: str, style: dict[str, Any]) -> None:
-    """The mean, a band from the lowest to the highest, and a dot for each model."""
-    by_length = {length: _values(mine, task, length, memory) for length in _lengths(mine, task)}
-    points = [(length, values) for length, values in by_length.items() if values]
-    if not points:
-        return
-    x = [length for length, _ in points]
-    panel.plot(x, [sum(values) / len(values) for _, values in points], markersize=6, **style)
-    panel.fill_between(
-        x,
-        [min(values) for _, values in points],
-        [max(values) for _, values in points],
-        color=style["color"],
-        alpha=0.2,
-        linewidth=0,
+def places(groups: Iterable[Group], panel: str) -> list[int]:
+    """The places of a panel at which any model was measured."""
+    return sorted(
+        {point.at for group in groups for one in group.evaluations for point in one.points if point.panel == panel}
     )
-    dots = [(length, value) for length, values in points for value in values]
-    panel.scatter([at for at, _ in dots], [value for _, value in dots], s=8, color=style["color"], zorder=3)
+
+
+def main_memory(groups: Iterable[Group], panel: str) -> str | None:
+    """The memory that figures of a panel are with: the true one, or none where they do not depend on it."""
+    found = {point.memory for group in groups for one in group.evaluations for point in one.points
+             if point.panel == panel}  # fmt: skip
+    return None if None in found else MEMORIES[0]
+
+
+def place_name(groups: Iterable[Group], panel: str, at: int, metric: str) -> str:
+    """A length with commas, or the segments of a stretch."""
+    if metric != BY_SEGMENT:
+        return f"{at:,}"
+    ends = [point.line["end"] for group in groups for one in group.evaluations for point in one.points
+            if point[:2] == (panel, at)]  # fmt: skip
+    return str(at) if max(ends) == at + 1 else f"{at}-{max(ends) - 1}"

@@ -22,7 +22,12 @@ Line = Mapping[str, Any]
 FORMAT = "rmt-evaluation-1"  # of an evaluation's directory, as its configuration says
 METRICS, CONFIG = "metrics.jsonl", "config.json"  # of its files
 
-UNITS = {"loss": "nats per token", "loss_by_segment": "nats per token"}
+UNITS = {
+    "loss": "nats per token",
+    "loss_by_segment": "nats per token",
+    "seconds": "wall clock of one run, all memories and samples",
+    "peak_bytes": "of the process with its libraries, or on the GPU",
+}
 ABOUT = {
     "true": "the state carried from segment to segment",
     "zeroed": "zeros instead of it before every segment",
@@ -47,6 +52,7 @@ class Subject(NamedTuple):
     state_floats: int
     held_out: str  # in words
     seed: str  # in words: one or more
+    num_parameters: int | None = None  # of the whole model; None: an evaluation from before this was told
 
 
 def short_length(length: int) -> str:
@@ -67,7 +73,9 @@ def pooled(lines: Sequence[Line]) -> list[Line]:
 
 
 def _pool(lines: Sequence[Line]) -> Line:
-    """Of fractions of samples, each with an interval."""
+    """Fractions of samples as that of all samples, with its interval; other figures as their mean."""
+    if any("low" not in line for line in lines):
+        return {**lines[0], "value": sum(line["value"] for line in lines) / len(lines)}
     num = sum(line["num_samples"] for line in lines)
     num_right = sum(line["value"] * line["num_samples"] for line in lines)
     low, high = wilson_interval(num_right, num)
@@ -84,9 +92,11 @@ def _pool(lines: Sequence[Line]) -> Line:
 def markdown(subject: Subject, lines: Sequence[Line]) -> str:
     """The whole report; figures of several seeds are pooled."""
     lines = pooled(lines)
+    parameters = "" if subject.num_parameters is None else f"{subject.num_parameters:,} parameters; "
     parts = [
         f"# Evaluation of {subject.name}",
-        f"Model `{subject.fingerprint[:16]}`: memory {subject.memory}; segments of {subject.segment_len:,} tokens; "
+        f"Model `{subject.fingerprint[:16]}`: memory {subject.memory}; {parameters}"
+        f"segments of {subject.segment_len:,} tokens; "
         f"the state is {subject.state_floats:,} floats, whatever the length.\n"
         f"Held-out text: {subject.held_out}. Seed {subject.seed}.",
         "\n".join(f"- **{memory}** memory: {ABOUT[memory]}" for memory in MEMORIES),
@@ -112,7 +122,7 @@ def _table(metric: str, lines: Sequence[Line]) -> str:
         found = {line.get("memory"): line for line in lines if line["length"] == length}
         first = next(iter(found.values()))
         mark = "*" if first.get("needs_memory") is False else ""
-        beside = [_number(first.get(name)) for name in extra]
+        beside = [number(first.get(name)) for name in extra]
         rows.append([f"{length:,}{mark}", *beside, *(cell(found.get(memory)) for memory in columns)])
     heads = [
         "tokens",
@@ -136,15 +146,20 @@ def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
     """For each length the means over segments 0, 1, 2-3, 4-7, ... by memory."""
     tables = []
     for length in distinct(lines, "length"):
-        curves = {memory: _curve(lines, length, memory) for memory in MEMORIES}
+        curves = {memory: curve_of(lines, length, memory) for memory in MEMORIES}
         size = max(len(curve) for curve in curves.values())
-        starts = [0, *(2**i for i in range(size.bit_length()) if 2**i < size)]
         rows = []
-        for start, end in zip(starts, [*starts[1:], size], strict=True):
-            means = [_number(_mean(curve[start:end]) if curve else None) for curve in curves.values()]
+        for start, end in stretches(size):
+            means = [number(mean_loss(curve[start:end]) if curve else None) for curve in curves.values()]
             rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *means])
         tables.append(titled(f"{metric} at {length:,} tokens", ["segment", *MEMORIES], rows, UNITS.get(metric)))
     return tables
+
+
+def stretches(num_segments: int) -> list[tuple[int, int]]:
+    """Segments 0, 1, 2-3, 4-7 and so on as (start, end), the end not in it."""
+    starts = [0, *(2**i for i in range(num_segments.bit_length()) if 2**i < num_segments)]
+    return list(zip(starts, [*starts[1:], num_segments], strict=True))
 
 
 def titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], unit: str | None = None) -> str:
@@ -179,14 +194,15 @@ def cell(line: Line | None) -> str:
     """A figure with its interval, if it has one."""
     if line is None:
         return "-"
-    value = "nan" if line["value"] is None else _number(line["value"])
-    return f"{value} [{_number(line['low'])}, {_number(line['high'])}]" if "low" in line else value
+    value = "nan" if line["value"] is None else number(line["value"])
+    return f"{value} [{number(line['low'])}, {number(line['high'])}]" if "low" in line else value
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Large ones without a fraction."""
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4f}"
 
 
 def distinct(lines: Iterable[Line], name: str) -> list[Any]:
@@ -194,14 +210,14 @@ def distinct(lines: Iterable[Line], name: str) -> list[Any]:
     return list(dict.fromkeys(line[name] for line in lines))
 
 
-def _curve(lines: Iterable[Line], length: int, memory: str) -> list[tuple[float, int]]:
+def curve_of(lines: Iterable[Line], length: int, memory: str) -> list[tuple[float, int]]:
     """(value, tokens) by segment."""
     chosen = [line for line in lines if line["length"] == length and line["memory"] == memory]
     values = [(line["value"], line["num_tokens"]) for line in sorted(chosen, key=lambda line: line["segment"])]
     return [(math.nan if value is None else value, num) for value, num in values]
 
 
-def _mean(points: Sequence[tuple[float, int]]) -> float:
+def mean_loss(points: Sequence[tuple[float, int]]) -> float:
     """The mean over all tokens of points (value, tokens), of which there is at least one."""
     return sum(value * num for value, num in points) / sum(num for _, num in points)
 
@@ -266,13 +282,13 @@ def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
     length = max(distinct(lines, "length"))
     each = 1
     for memory in MEMORIES:
-        curve = _curve(lines, length, memory)
+        curve = curve_of(lines, length, memory)
         if not curve:
             continue
         each = -(-len(curve) // _MAX_POINTS)
         starts = range(0, len(curve), each)
         x = [start + (len(curve[start : start + each]) - 1) / 2 for start in starts]
-        y = [_mean(curve[start : start + each]) for start in starts]
+        y = [mean_loss(curve[start : start + each]) for start in starts]
         panel.plot(x, y, label=memory, markersize=4 if len(x) <= 32 else 0, **STYLES[memory])
     averaged = f", means of {each}" if each > 1 else ""
     panel.set_xlabel(f"segment index (segments of {subject.segment_len:,} tokens{averaged})")

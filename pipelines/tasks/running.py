@@ -10,6 +10,7 @@ from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.tasks import TASKS
 from pipelines.tasks.base import Figure, Material
+from pipelines.tasks.cost import Meter
 from rmt_core import RecurrentModel
 
 
@@ -25,9 +26,11 @@ class Run:
 
 
 def measure(run: Run, material: Material) -> list[Figure]:
-    """The figures of a run."""
+    """The figures of a run, and what it cost once the model was there."""
     model, _ = load(run.model, run.device)
-    return TASKS[run.task].measure(model, run.length, replace(material, seed=run.seed))
+    meter = Meter(run.device)
+    figures = TASKS[run.task].measure(model, run.length, replace(material, seed=run.seed))
+    return [*figures, *meter.figures()]
 
 
 def load(uri: str, device: str = "cpu") -> tuple[RecurrentModel, Tokenizer]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rmt_core
-from pipelines.tasks.attention import heat_maps, mass_table
+from pipelines.tasks.attention import heat_maps, mass_chart, mass_table
 from rmt_core import AttentionMaps, AttentionMass
 
 from ..rmt_core.tiny import RMT, tiny_model, tokens_like
@@ -27,6 +27,20 @@ def test_a_table_has_a_line_for_each_mass() -> None:
         "| 0 | 1 | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 0.2000 |",
         "| 1 | mean | 0.2500 | 0.2500 | 0.2500 | 0.2500 | 0.5000 |",
     ]
+
+
+def test_bars_show_shares_as_heights() -> None:
+    """A layer that only reads is white from bottom to top, one that only writes dark: their parts of the picture."""
+
+    def dark(*masses: AttentionMass) -> float:
+        image = pixels(mass_chart(masses))
+        return float((np.abs(image[..., :3] - 0.35).max(-1) < 0.02).mean())
+
+    write, half, read = (AttentionMass(0, None, 1 - share, share, 0.0, 0.0) for share in (1.0, 0.5, 0.0))
+    legend = dark(read)
+    assert dark(half) - legend == pytest.approx((dark(write) - legend) / 2, rel=0.1)
+    assert dark(write) > 10 * legend
+    assert mass_chart([half], "a title") != mass_chart([half])
 
 
 @pytest.mark.parametrize("by_head", [True, False])

@@ -1,30 +1,46 @@
-"""Evaluations side by side: every model is shown, and what they have in common is pooled."""
+"""Evaluations side by side: every model is shown, and only what was asked the same is pooled."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines import compare, storage
-from pipelines.tasks import comparison
+from pipelines.tasks import comparison, comparison_plot, curves
+from pipelines.tasks.comparison_table import t_interval
 from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject
 
+ASKED = {"tokenizer": "bytes", "background": "noise", "num_samples": 16, "depths": [], "seed": 0, "seeds": 1}
+RMT_FLOATS = "rmt, 256 floats, 1,000 parameters, segments of 24 tokens"
 
-def evaluation(folder: Path, memory: str, values: dict[int, float], seeds: int = 1) -> str:
-    """What evaluate leaves of a model whose accuracy with the true memory is this by length."""
-    subject = Subject("model", "f" * 64, memory, 24, 256, "a book", "0")
-    lines: list[dict[str, Any]] = [{"task": "perplexity", "length": 24, "metric": "loss", "value": 3.0}]
-    for seed in range(seeds):
-        for length, value in values.items():
-            for kind, shown in (("true", value), ("zeroed", 0.0625), ("shuffled", 0.125)):
-                about = {"num_samples": 16, "low": 0.0, "high": 1.0, "chance": 0.0625, "seed": seed}
-                lines.append(
-                    {"task": "detect", "length": length, "metric": "accuracy", "memory": kind, "value": shown, **about}
-                )
+
+def answers(values: dict[int, float], task: str = "detect", metric: str = "accuracy") -> list[dict[str, Any]]:
+    """Figures of a model whose answers with the true memory are right as often as this, by length."""
+    return [
+        {"task": task, "length": length, "metric": metric, "memory": kind, "value": shown, "num_samples": 16,
+         "low": 0.0, "high": 1.0, "chance": 0.0625}
+        for length, value in values.items()
+        for kind, shown in (("true", value), ("zeroed", 0.0625), ("shuffled", 0.125))
+    ]  # fmt: skip
+
+
+def losses(length: int, values: list[float]) -> list[dict[str, Any]]:
+    """The loss of each segment with the true memory."""
+    about = {"task": "perplexity", "length": length, "metric": "loss_by_segment", "memory": "true", "num_tokens": 24}
+    return [{**about, "segment": index, "value": value} for index, value in enumerate(values)]
+
+
+def evaluation(folder: Path, lines: list[dict[str, Any]], asked: dict[str, Any] | None = None, **about: Any) -> str:
+    """What evaluate leaves of a model: these lines and a loss."""
+    subject = Subject("model", "f" * 64, "rmt", 24, 256, "a book", "0", 1000)._replace(**about)
+    loss = {"task": "perplexity", "length": 24, "metric": "loss", "memory": "true", "value": 3.0, "seed": 0}
     folder.mkdir(parents=True)
-    storage.write_json(str(folder / CONFIG), {"format": FORMAT, "model": subject._asdict()})
-    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = {"format": FORMAT, "model": subject._asdict(), "identity": {**ASKED, **(asked or {})}}
+    storage.write_json(str(folder / CONFIG), content)
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in [loss, *lines]))
     return str(folder)
 
 
@@ -34,15 +50,23 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
+def row(found: dict[str, Any], title: str, start: str) -> list[str]:
+    """The cells of the line that starts so in the table with this title."""
+    table = Path(found["table"]).read_text().split(f"### {title}")[1].split("###")[0]
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {start} ")]
+    return [word.strip() for word in line.strip("|").split("|")]
+
+
 def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = evaluation(tmp_path / "a" / "seed-0", "rmt", {1024: 1.0, 2**20: 1.0}, seeds=2)
-    two = evaluation(tmp_path / "a" / "seed-1", "rmt", {1024: 1.0, 2**20: 0.25}, seeds=2)
+    twice = [{**line, "seed": seed} for line in answers({1024: 1.0, 2**20: 1.0}) for seed in (0, 1)]
+    one = evaluation(tmp_path / "a" / "seed-0", twice)
+    fallen = [{**line, "seed": seed} for line in answers({1024: 1.0, 2**20: 0.25}) for seed in (0, 1)]
+    two = evaluation(tmp_path / "a" / "seed-1", fallen)
     found = run(["--results", one, two, "--output", str(tmp_path / "out"), "--trained-len", "384"], capsys)
-    assert found["models"] == {"rmt, 256 floats": ["seed-0", "seed-1"]}
-    table = Path(found["table"]).read_text().splitlines()
-    assert "| tokens | samples | seed-0 | seed-1 | mean | zeroed | shuffled | chance |" in table
-    (row,) = [line for line in table if line.startswith("| 1,048,576 ")]
-    cells = [word.strip() for word in row.strip("|").split("|")]
+    assert found["models"] == {RMT_FLOATS: ["seed-0", "seed-1"]}
+    heads = "| tokens | samples | seed-0 | seed-1 | mean | zeroed | shuffled | chance |"
+    assert heads in Path(found["table"]).read_text().splitlines()
+    cells = row(found, "detect: accuracy, memory rmt", "1,048,576")
     assert cells[1] == "32"
     assert cells[2].startswith("1.0000 [")
     assert cells[3].startswith("0.2500 [")
@@ -50,34 +74,152 @@ def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, caps
     assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_memories_are_told_apart_and_lengths_may_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = evaluation(tmp_path / "rmt", "rmt", {1024: 1.0})
-    two = evaluation(tmp_path / "xl", "xl", {1024: 0.5, 4096: 0.25})
+@pytest.mark.parametrize(
+    ("about", "asked"),
+    [
+        ({"memory": "xl"}, {}),
+        ({"state_floats": 512}, {}),
+        ({"num_parameters": 1001}, {}),
+        ({"num_parameters": None}, {}),
+        ({"segment_len": 48}, {}),
+        ({}, {"background": "prose"}),
+        ({}, {"num_samples": 8}),
+        ({}, {"depths": [0.0, 1.0]}),
+        ({}, {"seed": 1}),
+    ],
+)
+def test_what_is_unlike_is_no_seed_of_one_another(
+    about: dict[str, Any], asked: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = evaluation(tmp_path / "a" / "seed-0", answers({1024: 1.0}))
+    two = evaluation(tmp_path / "a" / "seed-1", answers({1024: 0.5, 4096: 0.25}), asked, **about)
     found = run(["--results", one, two, "--output", str(tmp_path / "out")], capsys)
-    assert found["models"] == {"rmt, 256 floats": ["rmt"], "xl, 256 floats": ["xl"]}
+    assert sorted(found["models"].values()) == [["seed-0"], ["seed-1"]]
     text = Path(found["table"]).read_text()
     assert text.count("### detect: accuracy, memory") == 2
+    assert ("Not the same questions" in text) == bool(asked)
+    assert row(found, "detect: accuracy, true memory", "4,096") == ["4,096", "-", "0.2500"]
+
+
+def test_questions_that_a_task_does_not_read_keep_no_seeds_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = evaluation(tmp_path / "one", [], {"num_samples": 8, "held_out": "a" * 64})
+    two = evaluation(tmp_path / "two", [], {"num_samples": 9, "held_out": "a" * 64})
+    other = evaluation(tmp_path / "other", [], {"held_out": "b" * 64})
+    found = run(["--results", one, two, other, "--metric", "loss", "--output", str(tmp_path / "out")], capsys)
+    assert sorted(found["models"].values()) == [["one", "two"], ["other"]]
+
+
+def test_two_groups_are_named_and_their_paired_difference_has_an_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [evaluation(tmp_path / f"a-{i}", answers({64: value})) for i, value in enumerate((0.9, 0.8, 1.0))]
+    second = [evaluation(tmp_path / f"b-{i}", answers({64: value})) for i, value in enumerate((0.5, 0.6, 0.4))]
+    words = ["--results", "noise=" + ",".join(first), "base=" + ",".join(second), "--output", str(tmp_path / "out")]
+    found = run(words, capsys)
+    assert found["models"] == {"noise": ["a-0", "a-1", "a-2"], "base": ["b-0", "b-1", "b-2"]}
+    (difference,) = found["differences"]
+    half = 4.303 * 0.2 / math.sqrt(3)  # of 0.4, 0.2 and 0.6
+    assert [difference[name] for name in ("mean", "low", "high")] == pytest.approx([0.4, 0.4 - half, 0.4 + half])
+    shown = row(found, "detect: accuracy of noise minus base", "64")
+    assert shown == ["64", "0.4000", f"[{0.4 - half:.4f}, {0.4 + half:.4f}]", "3"]
+    words[1:3] = ["noise=" + ",".join(first), "base=" + ",".join(second[:2])]
+    fewer = run(words, capsys)
+    assert fewer["differences"] == []
+    assert "3 models of noise and 2 of base are no pairs" in Path(fewer["table"]).read_text()
+
+
+def test_the_t_interval_is_that_of_the_tables() -> None:
+    assert t_interval([0.25]) == (0.25, None, None)
+    mean, low, high = t_interval([1.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 12.706, 2 + 12.706), rel=1e-4)
+    many = [float(i % 2) for i in range(100)]
+    assert t_interval(many)[2] == pytest.approx(0.5 + 2.042 * 0.5025 / 10, abs=1e-3)
+
+
+def test_any_metric_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = [{"task": "detect", "length": 64, "metric": "seconds", "value": value, "seed": i}
+             for i, value in enumerate((1.0, 3.0))]  # fmt: skip
+    lines = [*answers({64: 0.5}, metric="strict"), *answers({64: 0.75}), *costs, *losses(96, [4.0, 3.0, 2.0, 1.0])]
+    one = evaluation(tmp_path / "one", lines)
+    words = ["--results", one, "--output", str(tmp_path / "out"), "--metric"]
+    assert row(run([*words, "strict"], capsys), "detect: strict", "64")[2].startswith("0.5000")
+    assert row(run([*words, "loss"], capsys), "perplexity: loss", "24")[:2] == ["24", "3.0000"]
+    assert row(run([*words, "seconds"], capsys), "detect: seconds", "64") == ["64", "2.0000", "2.0000"]
+    by_segment = run([*words, "loss_by_segment", "--trained-len", "48"], capsys)
+    assert row(by_segment, "texts of 96 tokens: loss by segment", "1")[1] == "3.0000"
+    assert row(by_segment, "texts of 96 tokens: loss by segment", "2-3")[1] == "1.5000"
 
 
 def test_the_plot_shades_what_was_trained_and_shows_every_model(tmp_path: Path) -> None:
-    results = [evaluation(tmp_path / f"seed-{i}", "rmt", {512: 1.0, 2048: i / 2}) for i in range(3)]
-    read = [comparison.read_evaluation(uri) for uri in results]
-    shaded, plain = (comparison.plot(read, trained_len) for trained_len in (384, None))
+    results = [evaluation(tmp_path / f"seed-{i}", answers({512: 1.0, 2048: i / 2})) for i in range(3)]
+    groups = comparison.read_groups(results, "accuracy")
+    shaded, plain = (comparison_plot.plot(groups, "accuracy", trained_len) for trained_len in (384, None))
     assert shaded != plain
-    assert comparison.plot(read[:2], 384) != shaded
-    assert comparison.plot(read, 384) == shaded
+    assert comparison_plot.plot(comparison.read_groups(results[:2], "accuracy"), "accuracy", 384) != shaded
+    assert comparison_plot.plot(groups, "accuracy", 384) == shaded
+
+
+def test_no_two_of_many_curves_look_alike() -> None:
+    looks = [curves.style(number) for number in range(55)]
+    assert len({(one["marker"], str(one["linestyle"])) for one in looks}) == 55
+    assert len({one["marker"] for one in looks[:11]}) == 11
+
+
+def test_names_of_curves_are_kept_apart_and_beside_the_panel() -> None:
+    assert curves.spread([0.1, 0.5], 0.1) == pytest.approx([0.1, 0.5])
+    assert curves.spread([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
+    for heights in ([0.0] * 5, [1.0] * 5, [0.0, 0.02, 0.5, 0.52, 1.0, 1.0], [0.4, 0.45, 0.5, 0.7]):
+        apart = curves.spread(heights, 0.1)
+        assert min(b - a for a, b in itertools.pairwise(apart)) > 0.1 - 1e-9
+        assert min(apart) >= 0
+        assert max(apart) <= 1
 
 
 @pytest.mark.parametrize(
-    ("results", "says"), [(["nowhere"], "no finished evaluation"), (["one", "one"], "names"), (["no"], "no accuracy")]
+    ("results", "says"),
+    [
+        (["{root}/nowhere"], "no finished evaluation"),
+        (["{root}/one", "{root}/one"], "names"),
+        (["a={root}/one", "{root}/one"], "names"),
+        (["a={root}/one", "a={root}/more"], "give each group once"),
+        (["a="], "give each group once, with its directories"),
+        (["a={root}/one,{root}/more"], "num_samples is 16 in {name}/one and 8 in {name}/more"),
+        (["{root}/no"], "has no accuracy; it has loss"),
+        (["{root}/one", "--metric", "accuracy_at_depth"], "heat map"),
+        (["{root}/one", "{root}/long", "--metric", "loss_by_segment"], "segments of 24 and 48 tokens"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
     results: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation(tmp_path / "one", "rmt", {1024: 1.0})
-    evaluation(tmp_path / "no", "rmt", {})
-    paths = [str(tmp_path / name) for name in results]
-    assert compare.main(["--results", *paths, "--output", str(tmp_path / "out")]) == 2
+    evaluation(tmp_path / "one", [*answers({1024: 1.0}), *losses(48, [1.0, 2.0])])
+    evaluation(tmp_path / "more", answers({1024: 1.0}), {"num_samples": 8})
+    evaluation(tmp_path / "no", [])
+    evaluation(tmp_path / "long", losses(96, [1.0, 2.0]), segment_len=48)
+    words = [word.format(root=tmp_path) for word in results]
+    assert compare.main(["--results", *words, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert says.format(name=tmp_path.name) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_facts_held_are_the_most_that_are_right_at_95_percent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def model(name: str, values: dict[int, float], floats: int) -> str:
+        lines = [line for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
+        return evaluation(tmp_path / name, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
+
+    small = [model("a", {1: 1.0, 2: 0.96, 4: 0.94}, 256), model("b", {1: 0.5, 2: 0.5}, 256)]
+    large = model("c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, 512)
+    found = run(["--results", *small, large, "--output", str(tmp_path / "out")], capsys)
+    lines = Path(found["capacity_table"]).read_text().splitlines()
+    assert "| rmt | 256 | 2, 0 (mean 1.0000) |" in lines
+    assert "| rmt | 512 | 4 (mean 4.0000) |" in lines
+    assert Path(found["capacity_plot"]).read_bytes().startswith(b"\x89PNG")
+    named = run(["--results", "all=" + ",".join([*small, large]), "--output", str(tmp_path / "out")], capsys)
+    assert "| all | 512 | 4 (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
+    plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))
+    assert "capacity_table" not in run(["--results", plain, "--output", str(tmp_path / "plain-out")], capsys)

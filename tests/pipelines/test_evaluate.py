@@ -19,6 +19,7 @@ from pipelines.data import store
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import MEMORIES, Figure, Material
+from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
 from pipelines.tasks.questions import wilson_interval
 from pipelines.tasks.report import Subject
@@ -75,6 +76,11 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_costs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures that are the same whenever they are measured."""
+    return [line for line in lines if line["metric"] not in COSTS]
+
+
 def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     local_ray: None, run: Callable[..., Command], model: Path, prose: Path, tmp_path: Path
 ) -> None:
@@ -94,11 +100,18 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
         for length in (64, 100)
         for figure in TASKS[task].measure(loaded, length, material)
     ]
-    for line, want in zip(lines, wanted, strict=True):
+    costs = [line for line in lines if line["metric"] in COSTS]
+    assert [(line["task"], line["length"], line["metric"]) for line in costs] == [
+        (task, length, metric) for task in ("perplexity", "recall") for length in (64, 100) for metric in COSTS
+    ]
+    assert all(line["value"] > 0 for line in costs)
+    for line, want in zip(without_costs(lines), wanted, strict=True):
         assert line["state_floats"] == 3 * 32
+        assert line["num_parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
+        assert line["segment_len"] == 16
         assert line["seed"] == 7
         assert {key: line[key] for key in want} == {**want, "value": pytest.approx(want["value"], abs=1e-9)}
-    assert {line["memory"] for line in lines} == set(MEMORIES)
+    assert {line["memory"] for line in without_costs(lines)} == set(MEMORIES)
     assert result["output"] == str(output)
     assert result["metrics"] == [line for line in lines if "segment" not in line]
 
@@ -130,8 +143,9 @@ def test_an_interrupted_run_is_done_again(
     storage.seal(tmp_path)
     words = ["--task", "recall", "--background", "noise", "--lengths", 64, "--num-samples", 1, "--output", tmp_path]
     result = run("--model", model, *words).result
-    assert [line["memory"] for line in result["metrics"]] == ["true", "zeroed"]  # one sample has no neighbour
-    assert len(lines_of(tmp_path)) == 2
+    found = without_costs(result["metrics"])
+    assert [line["memory"] for line in found] == ["true", "zeroed"]  # one sample has no neighbour
+    assert lines_of(tmp_path) == result["metrics"]
     assert storage.list_names(str(tmp_path)) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
 
 
@@ -140,7 +154,7 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
 ) -> None:
     words = ["--task", "recall,sorting", "--background", "noise", "--lengths", "96,128", "--num-samples", 3]
     words += ["--seed", 4, "--seeds", 2, "--model", model]
-    wanted = run(*words, "--output", tmp_path / "whole").result["metrics"]
+    wanted = without_costs(run(*words, "--output", tmp_path / "whole").result["metrics"])
     measure, asked = evaluate._measure, []
 
     def broken(runs: list[Run], material: Material, keep: Callable[..., None]) -> dict[Run, list[Figure]]:
@@ -159,7 +173,7 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
     assert other.code == 2
     assert "unfinished evaluation made otherwise" in other.err[-1]
     monkeypatch.setattr(evaluate, "_measure", watched)
-    assert run(*words, "--output", output).result["metrics"] == wanted
+    assert without_costs(run(*words, "--output", output).result["metrics"]) == wanted
     assert len(asked) == 5
     assert {(line["task"], line["length"], line["seed"]) for line in wanted} == {
         (task, length, seed) for task in ("recall", "sorting") for length in (96, 128) for seed in (4, 5)
@@ -265,6 +279,18 @@ def test_a_fault_of_the_input_seen_by_a_worker_is_reported_as_such(local_ray: No
     with pytest.raises(InputError, match="gone: there is no such directory") as error:
         evaluate._measure([run], HERE, keep_nothing)
     assert "\n" not in str(error.value)
+
+
+def test_a_peak_is_that_of_the_run_and_not_of_those_before() -> None:
+    large = np.ones(2**26, dtype=np.uint8)
+    del large
+    small = {figure.metric: figure.value for figure in Meter("cpu").figures()}
+    busy = Meter("cpu")
+    again = np.ones(2**26, dtype=np.uint8)
+    found = {figure.metric: figure.value for figure in busy.figures()}
+    assert set(found) == set(COSTS)
+    assert found["peak_bytes"] - small["peak_bytes"] > 0.9 * again.nbytes
+    assert 0 <= small["seconds"] < found["seconds"]
 
 
 # --- held-out text ----------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Draw what a model's memory holds over time and how its attention reads, writes and processes it.
+
+    python pipelines/pictures.py --model DIR --task detect --background noise --length 4k --output DIR
+
+Texts of the task begin with their facts. slots.png and slots.md (memories rmt and memformer): what each memory token
+or slot keeps, how it moves, and how well the fact can be read from it. attention.png, attention_by_layer.png and
+attention.md (memories that are rows among the text's): where attention goes in the segment that asks.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import logging
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+
+import rmt_core
+from pipelines import storage
+from pipelines.config import Config, Count, InputError, run_job, split_commas
+from pipelines.data.tokenise import Tokenizer
+from pipelines.tasks import attention, slots, slots_picture
+from pipelines.tasks.base import device_of, segments
+from pipelines.tasks.held_out import open_held_out
+from pipelines.tasks.running import load
+from pipelines.tasks.samples import Wanted
+from pipelines.tasks.slots_picture import Shown
+from pipelines.tasks.texts import noise, prose
+from rmt_core import RecurrentModel
+
+log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.pictures")
+
+
+class PicturesConfig(Config):
+    model: str = pydantic.Field(description="directory of a trained model, on disk or s3://")
+    output: str = pydantic.Field(description="directory of the pictures and tables, on disk or s3://")
+    pictures: Annotated[list[Literal["slots", "attention"]], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
+        [], description="what to draw: slots, attention (none: what the model's memory allows)"
+    )
+    task: str = pydantic.Field("detect", description="task whose texts are read, with facts at chosen depths")
+    length: Count = pydantic.Field(4096, ge=1, description="length of the texts in tokens (4k, 64k, 1m)")
+    background: Literal["prose", "noise"] = pydantic.Field(
+        "prose", description="text around a fact: prose (of the held-out text) or noise (random letters)"
+    )
+    data: str | None = pydantic.Field(
+        None, description="held-out text: a segment store or a UTF-8 text file (none: the embedded book)"
+    )
+    num_texts: Count = pydantic.Field(256, ge=8, description="texts that are read, which read-outs are fitted to")
+    batch_size: int = pydantic.Field(32, ge=2, description="texts read at once")
+    seed: int = pydantic.Field(0, ge=0, description="seed of the texts")
+    device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where the model runs: cpu or cuda")
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_ignored(self) -> "PicturesConfig":
+        if self.data is not None and self.background == "noise":
+            raise ValueError("--data is not read in noise; leave it out")
+        return self
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    assert __doc__
+    return run_job(draw, PicturesConfig, argv, prog="pictures", description=__doc__.splitlines()[0])
+
+
+def draw(config: PicturesConfig) -> dict[str, Any]:
+    """Reads texts and draws; where the pictures and tables are. Raises InputError."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here; use --device cpu")
+    uri, output = storage.absolute(config.model), storage.absolute(config.output)
+    model, tokenizer = load(uri, config.device)
+    chosen = _chosen(config, model)
+    texts = _texts(config, model, tokenizer)
+    about = f"{uri.rpartition('/')[2]}: {config.task} in {config.background}, texts of {config.length:,} tokens"
+    files: dict[str, bytes] = {}
+    if "slots" in chosen:
+        files |= _slots(config, model, texts, about)
+    if "attention" in chosen:
+        files |= _attention(config, model, texts, about)
+    for name, data in files.items():
+        storage.write_bytes(storage.join(output, name), data)
+    return {"output": output, "pictures": chosen, "files": [storage.join(output, name) for name in files]}
+
+
+def _chosen(config: PicturesConfig, model: RecurrentModel) -> list[str]:
+    """What is drawn. InputError where the memory does not allow what was asked for, or anything."""
+    refusals = {}
+    for name, check in (("slots", slots.check), ("attention", _check_attention)):
+        try:
+            check(model)
+        except InputError as error:
+            refusals[name] = str(error)
+    wanted = list(config.pictures) or ["slots", "attention"]
+    refused = [refusals[name] for name in wanted if name in refusals]
+    if refused and (config.pictures or len(refused) == len(wanted)):
+        raise InputError("; ".join(refused))
+    for reason in refused:
+        log.info("left out: %s", reason)
+    return [name for name in wanted if name not in refusals]
+
+
+def _check_attention(model: RecurrentModel) -> None:
+    if not model.memory.has_rows_only:
+        kinds = " with ".join(settings["kind"] for settings in model.config.memory)
+        raise InputError(f"attention: memory {kinds} is not rows among the text's; use rmt or armt")
+
+
+def _texts(config: PicturesConfig, model: RecurrentModel, tokenizer: Tokenizer) -> slots.Texts:
+    background = noise(tokenizer) if config.background == "noise" else prose(open_held_out(config.data, tokenizer))
+    wanted = Wanted(config.length, model.segment_len)
+    return slots.make_texts(config.task, tokenizer, background, wanted, config.num_texts, config.seed)
+
+
+def _slots(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, about: str) -> dict[str, bytes]:
+    trace = slots.record(model, texts, config.batch_size)
+    found = slots.read_out(trace, texts.facts)
+    shown = Shown(about, "slot" if model.config.memory[0]["kind"] == "memformer" else "token")
+    return {
+        "slots.png": slots_picture.plot(trace, found, shown),
+        "slots.md": slots_picture.table(trace, found, shown).encode(),
+    }
+
+
+@torch.inference_mode()
+def _attention(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, about: str) -> dict[str, bytes]:
+    """Of the last segment, which asks, after all before it; shares are over a batch of texts, maps of its first one."""
+    samples = texts.samples[: config.batch_size]
+    state, before, last = model.init_state(len(samples)), None, None
+    for part in segments([sample.stream() for sample in samples], model.segment_len, device_of(model)):
+        before, last = state, part
+        state = model.step(part.tokens, state, part.lengths)[1]
+    assert last is not None
+    masses = rmt_core.mean_over_heads(rmt_core.attention_mass(model, last.tokens, before, last.lengths))
+    maps = rmt_core.attention_maps(model, last.tokens[0], rmt_core.state.select(before, [0]))
+    by_head = maps.weights.shape[0] * maps.weights.shape[1] <= attention.MAX_PANELS  # else one a layer
+    title = f"{about}, the last segment ({last.tokens.shape[1]} tokens)"
+    return {
+        "attention.png": attention.heat_maps(maps, title, by_head=by_head),
+        "attention_by_layer.png": attention.mass_chart(masses, f"{title}, mean of {len(samples)} texts and of heads"),
+        "attention.md": attention.mass_table(masses).encode(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

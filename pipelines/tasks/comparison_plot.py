@@ -1,0 +1,113 @@
+"""Groups of evaluations as a plot: a panel for each task, a curve for each group, with a band over its models."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from pipelines.tasks.base import MEMORIES
+from pipelines.tasks.comparison import BY_SEGMENT, Group, main_memory, panels, place_name, places
+from pipelines.tasks.cost import COSTS
+from pipelines.tasks.curves import End, grid, log_axis, name_ends, png, style
+from pipelines.tasks.report import STYLES, short_length
+
+_UNITS = {
+    "loss": "loss (nats per token)",
+    BY_SEGMENT: "loss (nats per token)",
+    "bits_per_byte": "bits per byte",
+    "seconds": "wall clock of a run (s)",
+    "peak_bytes": "peak memory of a run (bytes)",
+}
+_PANEL_INCHES = (7.2, 5.0)
+_LEGEND_LINE_INCHES = 0.2
+_LEGEND_LETTERS_PER_INCH = 13
+
+
+def plot(groups: Sequence[Group], metric: str, trained_len: int | None) -> bytes:
+    """A PNG, a panel a task: the metric by length, or loss by segment; the trained range is shaded."""
+    shown = panels(groups)
+    drawing, cells = grid(len(shown), _PANEL_INCHES)
+    for cell, name in zip(cells, shown, strict=True):
+        _panel(cell, name, groups, metric, trained_len)
+    handles = {label: handle for cell in cells
+               for handle, label in zip(*cell.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    texts = [textwrap.fill(label, int(_LEGEND_LETTERS_PER_INCH * drawing.get_figwidth())) for label in handles]
+    num_lines = sum(text.count("\n") + 1 for text in texts)
+    drawing.set_figheight(drawing.get_figheight() + _LEGEND_LINE_INCHES * (num_lines + 1))
+    drawing.legend(handles.values(), texts, loc="outside lower left", fontsize=8, handlelength=5, frameon=False)
+    return png(drawing)
+
+
+def _panel(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_len: int | None) -> None:
+    memory = main_memory(groups, name)
+    ends = []
+    for number, group in enumerate(groups):  # a group looks the same in every panel
+        if group.places(name):
+            looks = {"label": _told(group, alone=len(groups) == 1), **style(number)}
+            ends.append(_curve(panel, group, name, memory, looks, metric))
+    if len(groups) == 1 and memory:
+        for other in MEMORIES[1:]:
+            _curve(panel, groups[0], name, other, {"label": f"{other} memory", **STYLES[other]}, metric)
+    points = [point for group in groups for one in group.evaluations for point in one.points if point.panel == name]
+    if chances := [point.line["chance"] for point in points if "chance" in point.line]:
+        panel.axhline(chances[0], color="grey", linestyle=":", label=f"chance ({chances[0]:.3g})")
+    _axes(panel, name, groups, metric, trained_len)
+    if all("low" in point.line for point in points):
+        panel.set_ylim(-0.03, 1.03)
+    elif metric in COSTS:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(EngFormatter())
+    several = any(len(group.evaluations) > 1 for group in groups)
+    panel.set_ylabel(_UNITS.get(metric, metric) + (", means; bands and dots: single models" if several else ""))
+    panel.grid(alpha=0.3)
+    if len(groups) > 1:
+        name_ends(panel, [end for end in ends if end is not None])
+
+
+def _told(group: Group, *, alone: bool) -> str:
+    """A line of the legend."""
+    about = group.about if group.name == group.about else f"{group.name} ({group.about})"
+    named = about if alone or about.startswith((f"{group.label} (", f"{group.label},")) else f"{group.label}: {about}"
+    num = len(group.evaluations)
+    return f"{named}; mean of {num}" if num > 1 else named
+
+
+def _axes(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_len: int | None) -> None:
+    """The places as a logarithmic axis, the trained ones shaded."""
+    marks = places(groups, name)
+    if metric == BY_SEGMENT:
+        names = [place_name(groups, name, at, metric) for at in marks]
+        size = groups[0].evaluations[0].subject.segment_len
+        label = f"segment index, means over a stretch (segments of {size:,} tokens)"
+        marks, trained = [at + 1 for at in marks], None if trained_len is None else trained_len / size
+        title = f"loss by segment, {name}"
+    else:
+        trained = trained_len
+        marks = sorted({*marks, *([] if trained_len is None else [trained_len])})
+        names = [short_length(at) for at in marks]
+        label, title = "text length (tokens)", f"{name}: {metric.replace('_', ' ')} by length"
+    log_axis(panel, marks, names, label)
+    if trained is not None:
+        panel.axvspan(0.1, trained, color="0.9", zorder=0, label=f"trained on up to {trained_len:,} tokens")
+    panel.set_title(title, fontsize=10)
+
+
+def _curve(panel: Axes, group: Group, name: str, memory: str | None, looks: dict[str, Any], metric: str) -> End | None:
+    """The mean, a band from the lowest to the highest, and a dot for each model."""
+    by_place = {at: group.values(name, at, memory) for at in group.places(name)}
+    points = [(at + (metric == BY_SEGMENT), values) for at, values in by_place.items() if values]
+    if not points:
+        return None
+    x = [at for at, _ in points]
+    means = [sum(values) / len(values) for _, values in points]
+    panel.plot(x, means, **looks)
+    low, high = ([least(values) for _, values in points] for least in (min, max))
+    panel.fill_between(x, low, high, color=looks["color"], alpha=0.15, linewidth=0)
+    if len(group.evaluations) > 1:
+        dots = [(at, value) for at, values in points for value in values]
+        panel.scatter([at for at, _ in dots], [value for _, value in dots], s=6, color=looks["color"], zorder=3)
+    finite = [(at, mean) for at, mean in zip(x, means, strict=True) if math.isfinite(mean)]
+    return End(*finite[-1], group.label, looks["color"]) if finite else None

@@ -1,0 +1,106 @@
+"""How many curves are drawn so that they are told apart, also in grey: markers, lines, and a name at each one's end."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FixedLocator, NullLocator
+
+_MARKERS = "osD^vPX*<>h"  # eleven and five have no common divisor: 55 curves before one comes again
+_LINES: tuple[Any, ...] = ("-", (0, (6, 2)), "-.", (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+_GREYS = ("black", "0.45")
+_LEAST_GAP = 0.055  # between names, of a panel's height
+_COLUMNS = 3  # of panels
+
+
+class End(NamedTuple):
+    """Where a curve ends, and its name."""
+
+    x: float
+    y: float
+    name: str
+    color: str
+
+
+def style(number: int) -> dict[str, Any]:
+    """Of the curve with this number: neighbours differ in marker, line, grey, and in whether markers are filled."""
+    color = _GREYS[number % len(_GREYS)]
+    return {
+        "color": color,
+        "linestyle": _LINES[number % len(_LINES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markerfacecolor": "white" if number % len(_GREYS) else color,
+        "markersize": 6,
+    }
+
+
+def name_ends(panel: Axes, ends: Sequence[End]) -> None:
+    """Names right of the panel, each joined to the end of its curve; call it when the axes have their limits."""
+    to_panel = (panel.transData + panel.transAxes.inverted()).transform
+    heights = {end: float(to_panel((end.x, end.y))[1]) for end in ends if math.isfinite(end.y)}
+    ordered = sorted(heights, key=lambda end: heights[end])
+    gap = min(_LEAST_GAP, 1 / max(1, len(ordered) - 1))
+    for end, height in zip(ordered, spread([heights[end] for end in ordered], gap), strict=True):
+        panel.annotate(
+            end.name,
+            xy=(end.x, end.y),
+            xytext=(1.03, height),
+            textcoords=panel.transAxes,
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.6, "linestyle": ":", "shrinkB": 3},
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights in [0, 1], moved as little as keeps them `gap` apart: around their middle."""
+    clusters: list[list[float]] = []
+    for height in heights:
+        clusters.append([height])
+        while len(clusters) > 1 and _lowest(clusters[-1], gap) - _highest(clusters[-2], gap) < gap - 1e-9:
+            last = clusters.pop()
+            clusters[-1].extend(last)
+    return [_lowest(cluster, gap) + i * gap for cluster in clusters for i in range(len(cluster))]
+
+
+def _lowest(cluster: Sequence[float], gap: float) -> float:
+    extent = (len(cluster) - 1) * gap
+    return max(0.0, min(1 - extent, sum(cluster) / len(cluster) - extent / 2))
+
+
+def _highest(cluster: Sequence[float], gap: float) -> float:
+    return _lowest(cluster, gap) + (len(cluster) - 1) * gap
+
+
+def grid(num_panels: int, size: tuple[float, float]) -> tuple[Drawing, list[Axes]]:
+    """A drawing with so many panels of this size in inches."""
+    columns, rows = min(num_panels, _COLUMNS), -(-num_panels // _COLUMNS)
+    drawing = Drawing(figsize=(size[0] * columns, size[1] * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    cells = list(drawing.subplots(rows, columns, squeeze=False).flat)
+    for cell in cells[num_panels:]:
+        cell.remove()
+    return drawing, cells[:num_panels]
+
+
+def png(drawing: Drawing) -> bytes:
+    """The same bytes for the same drawing."""
+    out = io.BytesIO()
+    drawing.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def log_axis(panel: Axes, places: Sequence[int], names: Sequence[str], label: str) -> None:
+    """A logarithmic axis with these places, in order, marked; those that are close to one another get slanted names."""
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(FixedLocator(places))
+    panel.xaxis.set_minor_locator(NullLocator())
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(places) > 8 else {}
+    panel.set_xticklabels(names, **slanted)
+    panel.set_xlim(places[0] / 1.4, places[-1] * 1.4)
+    panel.set_xlabel(label)

@@ -1,0 +1,85 @@
+"""The pictures job as a command: what it draws of which memory, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rmt_core
+from pipelines import pictures
+from pipelines.data.tokenise import ByteTokenizer
+
+from ..rmt_core.tiny import ARMT, MEMFORMER, RMT, XL, tiny_model
+
+SLOTS = ["slots.png", "slots.md"]
+ATTENTION = ["attention.png", "attention_by_layer.png", "attention.md"]
+MEMORIES: dict[str, Any] = {"rmt": RMT, "memformer": MEMFORMER, "armt": ARMT, "xl": XL, "none": "none"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, memory in MEMORIES.items():
+        rmt_core.save(folder / name, tiny_model(memory, segment_len=16, vocab_size=257), ByteTokenizer())
+    return folder
+
+
+def words(models: Path, memory: str, output: Path, *more: str) -> list[str]:
+    settings = "--background noise --length 100 --num-texts 8 --batch-size 4"
+    return ["--model", str(models / memory), "--output", str(output), *settings.split(), *more]
+
+
+@pytest.mark.parametrize(
+    ("memory", "files"), [("rmt", SLOTS + ATTENTION), ("memformer", SLOTS), ("armt", ATTENTION), ("none", ATTENTION)]
+)
+def test_what_a_memory_allows_is_drawn(
+    memory: str, files: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pictures.main(words(models, memory, tmp_path / "out")) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["files"] == [str(tmp_path / "out" / name) for name in files]
+    for name in found["files"]:
+        assert Path(name).read_bytes().startswith(b"\x89PNG" if name.endswith("png") else (b"#", b"|"))
+    assert ("left out" in err) == (len(files) < 5)
+
+
+def test_the_slots_of_a_memformer_are_called_slots(models: Path, tmp_path: Path) -> None:
+    assert pictures.main(words(models, "memformer", tmp_path, "--seed", "1")) == 0
+    assert "| segments since the fact | slot 0 | slot 1 | slot 2 | all slots |" in (tmp_path / "slots.md").read_text()
+
+
+def test_the_attention_is_that_of_the_segment_that_asks_after_all_before_it(models: Path, tmp_path: Path) -> None:
+    assert pictures.main(words(models, "rmt", tmp_path / "short", "--pictures", "attention")) == 0
+    rows = (tmp_path / "short" / "attention.md").read_text().splitlines()
+    assert len(rows) == 2 + 2  # layers
+    assert all(sum(map(float, row.split("|")[3:7])) == pytest.approx(1, abs=3e-4) for row in rows[2:])
+    assert pictures.main(words(models, "rmt", tmp_path / "long", "--pictures", "attention", "--length", "132")) == 0
+    assert (tmp_path / "long" / "attention.md").read_text().splitlines() != rows
+
+
+@pytest.mark.parametrize(
+    ("memory", "more", "says"),
+    [
+        ("xl", "", ["memory xl is not one vector", "memory xl is not rows among the text's; use rmt or armt"]),
+        ("memformer", "--pictures attention", ["attention: memory memformer is not rows among"]),
+        ("armt", "--pictures slots,attention", ["slots: memory armt is not one vector a token or slot"]),
+        ("rmt", "--task memorise", ["--task memorise", "use recall, detect"]),
+        ("rmt", "--length 30", ["use a longer --length"]),
+        ("rmt", "--pictures slot", ["--pictures", "slot"]),
+        ("rmt", "--data book.txt", ["--data is not read in noise"]),
+        ("rmt", "--num-texts 4", ["--num-texts", "greater than or equal to 8"]),
+        ("nothing", "", ["no such directory"]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(
+    memory: str, more: str, says: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pictures.main(words(models, memory, tmp_path / "out", *more.split())) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("pictures: error: ")
+    assert all(word in line for word in says), line
+    assert not (tmp_path / "out").exists()
