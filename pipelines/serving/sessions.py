@@ -1,12 +1,14 @@
 """Sessions by tenant and id: versions, forks, returns to earlier versions, limits, times to live.
 
 A session's current record is `<hash>/head` in the store, earlier versions that are kept are `<hash>/<version>`. The
-hash is of tenant and id, so that neither becomes a name and nobody's id finds another's session.
+hash is of tenant and id, so that neither becomes a name and nobody's id finds another's session. Names of another form
+are somebody else's: they are neither counted nor deleted.
 """
 
 import hashlib
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +18,9 @@ from . import records
 from .readers import Position
 from .records import KEPT_RESULTS, Boundary, Record, Result
 from .requests import RequestError
-from .store import Blob, ConflictError, Store
+from .store import Blob, ConflictError, Entry, Store
 
+_OWN_NAME = re.compile(r"[0-9a-f]{64}/(head|summary|\d{8,})")  # `summary`: the record of a summary as a job
 _USAGE_AGE_S = 10.0  # for so long a count of all sessions is used, with what this process has added since
 _ORPHAN_AGE_S = 3600.0  # a version without a session is left by a process that was killed, or belongs to one at work
 
@@ -126,7 +129,7 @@ class Sessions:
     def sweep(self) -> int:
         """Delete what has expired and what killed processes left behind; how many sessions went."""
         now = self.clock()
-        entries = list(self.store.entries())
+        entries = list(self._entries())
         heads = {entry.name.partition("/")[0]: entry for entry in entries if entry.name.endswith("/head")}
         expired = [key for key, head in heads.items() if self._is_expired(head.modified_s, now)]
         for key in expired:
@@ -135,6 +138,10 @@ class Sessions:
             if entry.name.partition("/")[0] not in heads and now - entry.modified_s > _ORPHAN_AGE_S:
                 self.store.delete(entry.name)
         return len(expired)
+
+    def _entries(self, group: str | None = None) -> Iterator[Entry]:
+        """What is in the store and ours: a bucket may hold models beside sessions."""
+        return (entry for entry in self.store.entries(group) if _OWN_NAME.fullmatch(entry.name))
 
     def _is_expired(self, saved_s: float, now: float) -> bool:
         return self.limits.ttl_s is not None and now - saved_s > self.limits.ttl_s
@@ -213,7 +220,7 @@ class Sessions:
 
     def _delete(self, key: str) -> None:
         self.store.delete(f"{key}/head")  # first: a commit at work then finds nothing to replace
-        for entry in self.store.entries(key):
+        for entry in self._entries(key):
             self.store.delete(entry.name)
         self._usage = None
 
@@ -223,7 +230,7 @@ class Sessions:
             return
         for attempt in range(2):
             if self._usage is None or self.clock() - self._usage[0] > _USAGE_AGE_S:
-                entries = list(self.store.entries())
+                entries = list(self._entries())
                 num_sessions = sum(entry.name.endswith("/head") for entry in entries)
                 self._usage = self.clock(), num_sessions, sum(entry.num_bytes for entry in entries)
             _, num_sessions, num_bytes = self._usage

@@ -323,7 +323,7 @@ def test_what_a_killed_process_left_is_swept(store: Store) -> None:
     clock: Any = sessions.clock
     grown(sessions, 1)
     key = sessions.load("tenant", "a").record.session
-    store.put("ff/00000001", b"a version whose session was deleted meanwhile", None)
+    store.put(f"{'f' * 64}/00000001", b"a version whose session was deleted meanwhile", None)
     store.put(f"{key}/00000001", b"a version that was kept, before the commit was killed", None)
     assert sessions.sweep() == 0
     assert len(list(store.entries())) == 4
@@ -333,6 +333,32 @@ def test_what_a_killed_process_left_is_swept(store: Store) -> None:
     sessions.commit(sessions.load("tenant", "a"), position(2, 6))
     assert sessions.rewind("tenant", "a", 1).version == 3
     assert same(sessions.load("tenant", "a").record.position, position(1, 3))
+
+
+@pytest.mark.parametrize("uri", ["directory", "s3"], indirect=True)
+def test_what_lies_beside_the_sessions_is_neither_swept_nor_counted(store: Store, uri: str) -> None:
+    key = "a" * 64
+    names = ["gpt2/config.json", "checkpoints/step-8/head", "ab/head", f"{key}/notes", f"{key}/0000001", f"x{key}/head"]
+    if uri.startswith("s3://"):
+        import boto3
+
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        for name in names:
+            boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"a model")
+    else:
+        for name in names:  # where entries would find them
+            path = Path(uri) / name[:2] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"a model")
+    sessions = sessions_of(store, max_sessions=1, ttl_s=100)
+    clock: Any = sessions.clock
+    sessions.create("tenant", "a")
+    clock.ahead_s = 10_000
+    assert sessions.sweep() == 1
+    assert {name for name in names if store.get(name) == (b"a model", getattr(store.get(name), "tag", ""))} == set(
+        names
+    )
+    sessions.create("tenant", "b")  # there is room for it
 
 
 def test_a_full_store_takes_no_session_until_there_is_room(store: Store) -> None:
