@@ -57,7 +57,8 @@ class Sessions:
     """The sessions of one model in a store. Blocking; safe for several threads, and processes with the same store.
 
     Methods raise RequestError: "session_not_found" alike for a session that never was, is another tenant's, was
-    deleted or has expired; "version_conflict", "session_exists", "store_full". `start` is where a new session stands.
+    deleted or has expired; "version_conflict", "session_exists", "store_full"; "model_mismatch" for a session that
+    another model has read for. `start` is where a new session stands.
     """
 
     def __init__(
@@ -123,8 +124,14 @@ class Sessions:
         return self._add(_key(tenant, session), position._replace(chain=None))
 
     def delete(self, tenant: str, session: str) -> None:
-        loaded = self.load(tenant, session)
-        self._delete(loaded.record.session)
+        """Delete a session, also one that cannot be read or is another model's."""
+        key = _key(tenant, session)
+        try:
+            self._load(key)
+        except RequestError as error:
+            if error.code == "session_not_found":
+                raise
+        self._delete(key)
 
     def sweep(self) -> int:
         """Delete what has expired and what killed processes left behind; how many sessions went."""
@@ -159,6 +166,11 @@ class Sessions:
     def _read(self, key: str, blob: Blob) -> Record:
         try:
             record = records.from_bytes(blob.data, self.fingerprint)
+        except records.ForeignRecordError as error:
+            if self._is_expired(error.saved_s, self.clock()):
+                self._delete(key)
+                raise _not_found() from error
+            raise RequestError("model_mismatch", "the session belongs to another model; delete it") from error
         except ValueError as error:
             raise RequestError("failed", f"the session cannot be read: {error}") from error
         if record.session != key:

@@ -142,6 +142,25 @@ def test_a_session_survives_its_server() -> None:
         assert generated(server, "kept")["text"] == written(TEXT.encode(), 9)
 
 
+def test_a_session_of_an_earlier_model_says_so_and_can_be_deleted() -> None:
+    store = MemoryStore()
+    with running(store=store, fingerprint="e" * 64) as server:
+        server.http.post("/v1/sessions", json={"id": "old"}).raise_for_status()
+    with running(store=store) as server:
+        answers = [
+            server.http.get("/v1/sessions/old"),
+            server.http.post("/v1/sessions/old/append", json={"text": TEXT}),
+            server.http.post("/v1/sessions/old/generate", json={"prompt": TEXT, "max_tokens": 1}),
+            server.http.post("/v1/sessions/old/fork"),
+            server.http.post("/v1/summaries", json={"session_id": "old"}),
+        ]
+        message = "the session belongs to another model; delete it"
+        told = [(answer.status_code, *map(answer.json()["error"].get, ("code", "message"))) for answer in answers]
+        assert told == [(409, "model_mismatch", message)] * len(answers)
+        assert server.http.delete("/v1/sessions/old").status_code == 200
+        assert server.http.get("/v1/sessions/old").status_code == 404
+
+
 # --- summaries --------------------------------------------------------------------------------------
 
 

@@ -301,6 +301,31 @@ def test_a_damaged_or_swapped_record_is_never_served(store: Store) -> None:
     assert "altered" in refused("failed", sessions.load, "tenant", "b")
 
 
+def test_another_models_session_is_refused_expires_and_can_be_deleted(store: Store) -> None:
+    grown(sessions_of(store), 1)
+    clock = Clock()
+    later = Sessions(store, position(), fingerprint="another", limits=Limits(ttl_s=100), clock=clock)
+    for function in (later.load, later.info, later.export):
+        assert "delete it" in refused("model_mismatch", function, "tenant", "a")
+    refused("model_mismatch", later.fork, "tenant", "a", "b")
+    later.delete("tenant", "a")
+    assert list(store.entries()) == []
+    grown(sessions_of(store), 1)
+    clock.ahead_s = 150
+    refused("session_not_found", later.load, "tenant", "a")
+    assert list(store.entries()) == []
+
+
+def test_a_damaged_session_can_be_deleted(store: Store) -> None:
+    sessions = sessions_of(store)
+    sessions.create("tenant", "a")
+    loaded = sessions.load("tenant", "a")
+    store.put(f"{loaded.record.session}/head", b"damaged", loaded.blob.tag)
+    refused("failed", sessions.load, "tenant", "a")
+    sessions.delete("tenant", "a")
+    assert list(store.entries()) == []
+
+
 def test_sessions_expire(store: Store) -> None:
     sessions = sessions_of(store, ttl_s=100)
     clock: Any = sessions.clock
