@@ -102,6 +102,16 @@ class Ledger:
         with files.open_input_file(path) as file:
             return catalogue.from_table(pq.ParquetFile(file).read_row_group(block % _PLAN_BLOCKS))
 
+    def planned(self) -> Iterator[pa.Table]:
+        """All documents, some at a time."""
+        for number in itertools.count():
+            if not storage.exists(uri := self._at(_plan_name(number))):
+                return
+            files, path = storage.filesystem(uri)
+            with files.open_input_file(path) as file:
+                for batch in pq.ParquetFile(file).iter_batches():
+                    yield pa.Table.from_batches([batch])
+
     # --- rows
 
     def done(self) -> set[int]:
@@ -139,6 +149,15 @@ class Ledger:
             pairs = zip(table.column("status").to_pylist(), table.column("attempt").to_pylist(), strict=True)
             if any(status == ERROR and attempt <= attempts for status, attempt in pairs):
                 found.add(block)
+        return found
+
+    def retried(self) -> dict[str, tuple[str, str | None]]:
+        """Id and hash of the documents that were tried more than once, by their source."""
+        found = {}
+        for block in sorted(self.done()):
+            for row in self.rows(block, ["source", "doc_id", "sha256", "attempt"]).to_pylist():
+                if row["attempt"] > 1:
+                    found[row["source"]] = row["doc_id"], row["sha256"]
         return found
 
     # --- progress within documents
