@@ -57,13 +57,17 @@ class Front:
         self._sweeper = asyncio.create_task(self._sweep())
         self.ready = True
 
+    async def drain(self) -> None:
+        """End the work that is there, as far as time allows; no more is taken."""
+        self.ready = False
+        if not await self.service.drain(self.config.drain_timeout_s):
+            log.warning("requests are cancelled: they did not end within %g s", self.config.drain_timeout_s)
+
     async def close(self) -> None:
-        """End the work that is there, as far as time allows, then stop."""
+        """Stop, whatever is at work."""
         self.ready = False
         if self._sweeper is not None:
             self._sweeper.cancel()
-        if not await self.service.drain(self.config.drain_timeout_s):
-            log.warning("requests were cancelled: they did not end within %g s", self.config.drain_timeout_s)
         await self.service.close()
 
     async def call(self, function: Callable[..., _Result], *args: object) -> _Result:

@@ -213,11 +213,16 @@ def test_a_summary_is_cancelled_from_here_and_from_another_replica() -> None:
 
 
 def test_a_server_that_leaves_ends_what_it_can_and_says_so() -> None:
-    store = MemoryStore()
+    store, short = MemoryStore(), LONG_TEXT[:4000]
+    with running(store=store, drain_timeout_s=60) as server:
+        ended = server.http.post("/v1/summaries", json={"text": short, "prompt": "", "max_tokens": 3}).json()["id"]
     with running(store=store, drain_timeout_s=0.1) as server:
-        job = server.http.post("/v1/summaries", json={"text": LONG_TEXT, "max_tokens": 1}).json()["id"]
+        late = server.http.post("/v1/summaries", json={"text": LONG_TEXT, "max_tokens": 1}).json()["id"]
     with running(store=store) as server:
-        assert server.http.get(f"/v1/summaries/{job}").json()["status"] == "cancelled"
+        job = server.http.get(f"/v1/summaries/{ended}").json()
+        assert (job["status"], job["summary"]) == ("succeeded", written(short.encode(), 3))
+        job = server.http.get(f"/v1/summaries/{late}").json()
+        assert (job["status"], job["error"]) == ("failed", "the server closed; send it again")
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(server: Running) -> None:
