@@ -30,7 +30,7 @@ def routes(front: Front) -> APIRouter:
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(front, created)]}
 
-    @router.get("/v1/models/{model}")
+    @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
         _check_model(front, model)
         return _model(front, created)

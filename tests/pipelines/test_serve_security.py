@@ -43,7 +43,9 @@ def test_every_route_but_health_asks_for_a_key(server: Running) -> None:
     paths |= set(routes(server.app.routes)) | {("GET", "/"), ("GET", "/openapi.json"), ("GET", "/nowhere")}
     assert len(paths) > 18
     for method, path in sorted(paths):
-        filled = path.replace("{session}", "a").replace("{job}", "a").replace("{model}", "a")
+        filled = (
+            path.replace("{session}", "a").replace("{job}", "a").replace("{model}", "a").replace("{model:path}", "a")
+        )
         for authorization in (None, "", "Bearer", "Bearer wrong", f"Bearer {ALICE[:-1]}", f"Token {ALICE}", "Basic !"):
             headers = {"authorization": authorization} if authorization is not None else {"authorization": ""}
             answer = server.http.request(method, filled, headers=headers)
