@@ -17,7 +17,7 @@ from pipelines.data.tokenise import Tokenizer
 from .chat import ChatFormat
 from .errors import ApiError, of_request
 from .metrics import Metrics
-from .openai_schema import Writing
+from .openai_schema import DEFAULT_TOKENS, Writing
 from .requests import Done, Event, Failed, OverloadedError, Request, RequestError, Usage, Written
 from .serve_config import ServeConfig
 from .service import Service, Stream
@@ -88,11 +88,14 @@ class Front:
         if num_tokens > limit:
             raise ApiError(400, "too_many_tokens", f"the text has {num_tokens} tokens; at most {limit} at a time")
 
-    def check_max_tokens(self, max_tokens: int, param: str = "max_tokens") -> int:
+    def max_tokens(self, asked: int | None, default: int = DEFAULT_TOKENS) -> int:
+        """How many tokens to write, at most; where the request does not say, as many as it may of the default."""
         limit = self.config.max_new_tokens
-        if max_tokens > limit:
-            raise ApiError(400, "invalid_request", f"{param} is {max_tokens}; it must be at most {limit}", param)
-        return max_tokens
+        if asked is None:
+            return min(default, limit)
+        if asked > limit:
+            raise ApiError(400, "invalid_request", f"max_tokens is {asked}; it must be at most {limit}", "max_tokens")
+        return asked
 
     def stop_tokens(self, writing: Writing) -> tuple[int, ...]:
         """The token that ends a text, where there is one and the request does not ignore it."""

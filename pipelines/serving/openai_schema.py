@@ -11,6 +11,9 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+DEFAULT_TOKENS = 256  # written at most, where a request does not say and the server allows it
+_MAX_TOKENS = f"none: {DEFAULT_TOKENS}, or as many as the server allows"
+
 # OpenAI's parameters that are not served -> values that ask for nothing; null does so for all.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -187,7 +190,7 @@ class AppendText(Body):
 
 class GenerateText(Writing):
     prompt: Text = Field("", description="read first")
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     request_id: str | None = Field(None, min_length=1, max_length=128)
     expected_version: int | None = Field(None, ge=0)
 
@@ -196,7 +199,7 @@ class SummaryRequest(Body):
     text: Text | None = Field(None, description="what to summarise; or give session_id")
     session_id: SessionId | None = Field(None, description="summarise what this session has read; it is left as it is")
     prompt: Text = Field("\n\nSummary: ", description="read after the text, before the summary is written")
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**63)

@@ -62,7 +62,7 @@ class SummaryJobs:
         front = self._front
         if len(self._tasks) >= front.config.max_requests:
             raise ApiError(429, "overloaded", "too many summaries are being written; try again later")
-        max_tokens = front.check_max_tokens(body.max_tokens)
+        max_tokens = front.max_tokens(body.max_tokens)
         tokens = await front.encode((body.text or "") + body.prompt)
         if not tokens:
             raise ApiError(400, "invalid_request", "text: there is nothing to read", "text")

@@ -90,6 +90,20 @@ def test_a_request_sent_again_has_its_first_result_also_without_a_seed(server: R
     assert server.http.get(f"/v1/sessions/{session}").json()["version"] == 1
 
 
+def test_who_says_no_number_of_tokens_gets_what_the_server_allows() -> None:
+    with running(max_new_tokens=5) as server:
+        session, more = new_session(server), {"ignore_eos": True}
+        chat = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
+        answers = [
+            server.http.post(f"/v1/sessions/{session}/generate", json={"prompt": TEXT, **more}),
+            server.http.post("/v1/completions", json={"model": NAME, "prompt": TEXT, **more}),
+            server.http.post("/v1/chat/completions", json={**chat, **more}),
+        ]
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [5, 5, 5]
+        job = server.http.post("/v1/summaries", json={"text": TEXT})
+        assert finished(server, job.json()["id"])["progress"]["num_written"] <= 5
+
+
 def test_another_version_than_expected_is_a_conflict(server: Running) -> None:
     session = new_session(server)
     path = f"/v1/sessions/{session}/append"
