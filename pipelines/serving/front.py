@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 PING_S = 10.0  # without an event for so long, a stream shows that it lives
-_SWEEP_S = 60.0  # between looks for expired sessions
+_SWEEP_S = 60.0  # between looks for expired sessions, about: replicas that began together do not all look at once
 
 
 class Ping(NamedTuple):
@@ -121,7 +122,7 @@ class Front:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(_SWEEP_S)
+            await asyncio.sleep(_SWEEP_S * random.uniform(0.5, 1.5))
             try:
                 await self.service.call(self.service.sessions.sweep)
             except Exception as error:  # a store raises what its library likes; the next look may go well

@@ -1,5 +1,6 @@
 """Sessions in every kind of store: one suite for all."""
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from pipelines.serving.readers import Position
 from pipelines.serving.records import Record, Result, digest_of, hashed
 from pipelines.serving.requests import Done, Request, RequestError, Usage
 from pipelines.serving.sessions import Limits, Sessions
-from pipelines.serving.store import ConflictError, Store, open_store
+from pipelines.serving.store import ConflictError, Entry, Store, open_store
+from pipelines.serving.store_memory import MemoryStore
 from tests.rmt_core.tiny import same_states
 
 KINDS = ("memory", "directory", "s3", "redis")
@@ -400,6 +403,47 @@ def test_a_full_store_takes_no_session_until_there_is_room(store: Store) -> None
     clock.ahead_s = 2000
     sessions.create("tenant", "d")  # the others have expired
     assert len(list(store.entries())) == 1
+
+
+def test_of_many_that_are_made_at_once_as_many_succeed_as_there_is_room_for() -> None:
+    sessions = sessions_of(open_store("memory:"), max_sessions=3)
+    barrier = threading.Barrier(MANY)
+    made: list[int] = []
+
+    def make(i: int) -> None:
+        barrier.wait()
+        for n in range(20):
+            with contextlib.suppress(RequestError):  # the store is full
+                sessions.create("tenant", f"{i} {n}")
+                made.append(i)
+                assert sum(entry.name.endswith("/head") for entry in sessions.store.entries()) <= 3
+                sessions.delete("tenant", f"{i} {n}")
+
+    with ThreadPoolExecutor(MANY) as threads:
+        list(threads.map(make, range(MANY)))
+    assert made
+    clock: Any = sessions.clock
+    clock.ahead_s = 60  # what was uncertain is counted again
+    for n in range(3):
+        sessions.create("tenant", f"{n}")
+    refused("store_full", sessions.create, "tenant", "3")
+
+
+def test_the_store_is_not_counted_again_for_each_change() -> None:
+    class Counting(MemoryStore):
+        num_scans = 0
+
+        def entries(self, group: str | None = None) -> Iterator[Entry]:
+            self.num_scans += group is None
+            return super().entries(group)
+
+    store = Counting()
+    sessions = sessions_of(store, max_sessions=1)
+    for _ in range(5):
+        sessions.create("tenant", "a")
+        refused("store_full", sessions.create, "tenant", "b")
+        sessions.delete("tenant", "a")
+    assert store.num_scans == 3  # one, and when there was no room a sweep and another
 
 
 def test_bytes_are_limited_too(store: Store) -> None:
