@@ -28,6 +28,7 @@ class Work(NamedTuple):
     """What a worker is given beside the settings of its strategy."""
 
     output: str
+    plan: str  # its name
     model: str  # fingerprint that is expected
     settings: str  # fingerprint of all that decides what is written
     state_every: int  # segments between stored states; 0: none are stored
@@ -40,7 +41,7 @@ class BlockWorker:
     def __init__(self, settings: Settings, work: Work) -> None:
         self._settings = settings
         self._work = work
-        self._ledger = Ledger(work.output)
+        self._ledger = Ledger(work.output, work.plan)
         self._strategy, found = open_strategy(settings)
         if found != work.model:
             raise RuntimeError(

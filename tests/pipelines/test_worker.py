@@ -56,16 +56,17 @@ def ledger_of(folder: Path, count: int, block_len: int) -> Ledger:
 
 
 def planned(folder: Path, block_len: int) -> Ledger:
-    ledger = Ledger(str(folder / "out"))
+    output = str(folder / "out")
     files = storage.expand([str(folder / "in.jsonl")], (".jsonl",))
-    planning.make_plan(ledger, files, planning.Wishes(None, block_len, 2, 1))
-    return ledger
+    plan = planning.make_plan(Ledger(output), files, planning.Wishes(None, block_len, 2, 1))
+    return Ledger(output, plan.name)
 
 
 def worker_on(ledger: Ledger, attempt: int = 1) -> BlockWorker:
     style = Style(5, rmt_core.Sampling(), 0)
     settings = Settings("m", "memory", "", style, 2, None, "cpu")
-    return BlockWorker(settings, Work(ledger.output, "model", "settings", 4, attempt))
+    assert ledger.plan is not None
+    return BlockWorker(settings, Work(ledger.output, ledger.plan, "model", "settings", 4, attempt))
 
 
 def rows(ledger: Ledger, block: int = 0) -> list[dict[str, Any]]:
