@@ -3,9 +3,10 @@
     python pipelines/serve.py --model runs/train/model
     python pipelines/serve.py --model runs/train/model --host 0.0.0.0 --api-keys keys.txt
 
-Runs on Ray Serve until it is interrupted. What a session has read is a state of constant size in `--store`, so that any
-replica goes on with it, also after a restart. Without `--api-keys` only this machine is served. In a RayService of
-KubeRay the import path is `pipelines.serve:build`, with the settings below as `args`.
+Runs on Ray Serve, which it starts itself, until it is interrupted. What a session has read is a state of constant size
+in `--store`, so that any replica goes on with it, also after a restart. Without `--api-keys` only this machine is
+served. In a RayService of KubeRay, and where Serve runs already, the import path is `pipelines.serve:build`, with the
+settings below as `args`.
 """
 
 import sys
@@ -56,6 +57,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     from ray import serve
 
     with connect(), _until_told() as told:
+        _check_no_serve()
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 75},
@@ -81,6 +83,21 @@ def _application(config: ServeConfig) -> Any:
     config = config.model_copy(update={"model": storage.absolute(config.model), "model_name": config.served_name})
     check(config)
     return application(config, keys)
+
+
+def _check_no_serve() -> None:
+    """InputError where the cluster runs Serve: it would keep its own address, and end with all that it serves."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return
+    raise InputError(
+        "Serve runs on that cluster already, at an address of its own; deploy pipelines.serve:build there, "
+        "or end it first with `serve shutdown`"
+    )
 
 
 def _free_port(config: ServeConfig) -> int:

@@ -14,6 +14,7 @@ FileNotFoundError.
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipelines.stores.listing import FileEntry, expand
 from pipelines.stores.paths import absolute, filesystem, is_s3, join
 from pipelines.stores.sums import check as check_sums
 from pipelines.stores.sums import seal
-from pipelines.stores.transfer import beside, download, put_file, read_local, upload
+from pipelines.stores.transfer import beside, create_file, download, put_file, read_local, upload
 
 __all__ = [
     "DamagedError",
@@ -35,6 +36,7 @@ __all__ = [
     "StorageError",
     "absolute",
     "check_sums",
+    "create_json",
     "delete",
     "exists",
     "expand",
@@ -53,6 +55,8 @@ __all__ = [
     "write_json",
     "writing",
 ]
+
+_SETTLED_S = 1.0  # after a file was written to S3, everybody who saw none has written theirs
 
 
 def _info(uri: str) -> pyarrow.fs.FileInfo:
@@ -106,7 +110,35 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def write_json(uri: str, value: Any) -> None:
     """Indented, keys in the given order."""
-    write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(uri, _json_bytes(value))
+
+
+def create_json(uri: str, value: Any) -> bool:
+    """Writes a file that is not there yet; whether it did, and so what is there is `value`.
+
+    Of several that create it at once one succeeds. On S3, which is written without conditions here, each looks again
+    after a second: that does where they do not take longer between looking and writing.
+    """
+    data = _json_bytes(value)
+    if is_s3(uri):
+        if exists(uri):
+            return False
+        write_bytes(uri, data)
+        time.sleep(_SETTLED_S)
+        return read_bytes(uri) == data
+    final = Path(absolute(uri))
+    with disk_faults(uri):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        path = beside(final, "tmp")
+        try:
+            path.write_bytes(data)
+            return create_file(path, final)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @contextlib.contextmanager

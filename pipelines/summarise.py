@@ -140,7 +140,7 @@ def summarise(config: SummariseConfig) -> dict[str, Any]:
                 job = _plan(config, ledger, files, decisive)
             todo = whats_left(ledger, job, config.shard_numbers(), retry=config.retry_failed)
             every = config.state_every if config.state_every is not None else default_every(settings.strategy)
-            work = Work(output, job["decisive"]["model"], job["config_fingerprint"], every, todo.round + 1)
+            work = Work(output, job["plan"], job["decisive"]["model"], job["config_fingerprint"], every, todo.round + 1)
             made = run_blocks(settings, work, _crew(config, job, todo))
     result = _finish(ledger, job, todo, made, time.monotonic() - begun)
     return _shown(output, result, strict=config.strict)
@@ -204,20 +204,28 @@ def _settings(config: SummariseConfig) -> tuple[Settings, dict[str, Any]]:
 def _plan(
     config: SummariseConfig, ledger: Ledger, files: Sequence[FileEntry], decisive: dict[str, Any]
 ) -> dict[str, Any]:
-    """Looks through the input and writes the plan; the job, which from now on is there."""
+    """Looks through the input and writes the plan; the job, which from now on is there.
+
+    That is another command's where one that began meanwhile was sooner; InputError where it is about something else.
+    """
     hands = config.num_workers * config.shard_numbers()[1]
     plan = make_plan(ledger, files, Wishes(config.limit, config.block_size, config.batch_size, hands))
     job = {
         "format": ledgers.FORMAT,
+        "plan": plan.name,
         **plan.numbers._asdict(),
         "decisive": decisive,
         "config_fingerprint": fingerprint(decisive),
         "input_fingerprint": inputs.input_fingerprint(plan.files),
         "config": config.model_dump(mode="json"),
     }
-    ledger.write(ledgers.INPUTS, [file._asdict() for file in plan.files])
-    ledger.write(ledgers.JOB, job)
-    return job
+    ledger.write(ledgers.inputs_name(plan.name), [file._asdict() for file in plan.files])
+    if ledger.create_job(job):
+        return job
+    there = job_there(ledger, decisive, files, retry=config.retry_failed)
+    assert there is not None
+    log.info("another command has planned this job: going on with its blocks of %d documents", there["block_len"])
+    return there
 
 
 def _crew(config: SummariseConfig, job: dict[str, Any], todo: Todo) -> Crew:
@@ -242,7 +250,7 @@ def _finish(ledger: Ledger, job: dict[str, Any], todo: Todo, made: Counts, elaps
     if complete:
         if counts.num_documents != job["num_documents"]:
             raise RuntimeError(f"{ledger.output} has {counts.num_documents} rows for {job['num_documents']} documents")
-        ledger.sweep()
+        ledger.sweep(job["plan"])
     result = {
         "format": ledgers.FORMAT,
         **counts._asdict(),

@@ -125,7 +125,9 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """One token a row from logits (B, V): (B,) int64 on the CPU. Ties of a greedy choice go to the lowest token."""
     if sampling.temperature == 0:
         return logits.argmax(-1).cpu()
-    probabilities = (logits.double().cpu() / sampling.temperature).softmax(-1)
+    wide = logits.double().cpu()
+    wide = wide - wide.amax(-1, keepdim=True)  # before the division: the likeliest stays 0 at any temperature
+    probabilities = (wide / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the mass before a token is enough without it

@@ -23,6 +23,14 @@ FORMAT = "rmt-state-2"
 UNSEALED = "0" * 64  # stands where the hash of all other bytes comes
 
 
+class ForeignStateError(ValueError):
+    """A whole state, but another model's; `notes` are what was written with it."""
+
+    def __init__(self, message: str, notes: Any) -> None:
+        super().__init__(message)
+        self.notes = notes
+
+
 def tree_map(function: Callable[..., Tensor], state: State, *others: State) -> State:
     """`function` applied to each tensor of `state` (and the tensors at the same places of `others`)."""
     if isinstance(state, Tensor):
@@ -158,7 +166,7 @@ def _digest(data: bytes, at: int) -> str:
 
 
 def from_bytes(data: bytes, fingerprint: str) -> State:
-    """The state written by `to_bytes`; a ValueError when any byte is altered, or the state is another model's."""
+    """The state written by `to_bytes`; a ValueError when any byte is altered, ForeignStateError for another model's."""
     return with_notes_from_bytes(data, fingerprint)[0]
 
 
@@ -171,8 +179,9 @@ def with_notes_from_bytes(data: bytes, fingerprint: str) -> tuple[State, Any]:
     if len(found) != len(UNSEALED) or (at := data.find(found)) < 0 or _digest(data, at).encode() != found:
         raise ValueError(f"not a state: of {len(data)} bytes some were altered or cut off after they were written")
     if about.get("fingerprint") != fingerprint:
-        raise ValueError(
-            f"the state belongs to model {about.get('fingerprint')!r}, not to {fingerprint!r}; load it with that model"
+        raise ForeignStateError(
+            f"the state belongs to model {about.get('fingerprint')!r}, not to {fingerprint!r}; load it with that model",
+            about.get("notes"),
         )
     try:
         tensors = load_tensors(data)

@@ -145,12 +145,16 @@ def _sorted_out(ids: sqlite3.Connection, entry: Entry) -> Entry:
 
 
 def look_up_again(entries: Sequence[Entry]) -> list[Entry]:
-    """What now stands where each of the entries was found; the entry itself where nothing does."""
+    """What now stands where each of the entries was found; the entry itself where nothing does.
+
+    Of documents with an id that an earlier one of the same file has, it is said as `sort_out_repeated` does.
+    """
     now: dict[tuple[str, int | None], Entry] = {}
     for uri, name in {(entry.uri, entry.name) for entry in entries}:
         wanted = {entry.line for entry in entries if entry.uri == uri}
-        for found in survey(FileEntry(uri, name, num_bytes=0, mtime_ns=0)):
-            if isinstance(found, Entry) and found.line in wanted:
+        surveyed = survey(FileEntry(uri, name, num_bytes=0, mtime_ns=0))
+        for found in sort_out_repeated(each for each in surveyed if isinstance(each, Entry)):
+            if found.line in wanted:
                 now[uri, found.line] = found
     return [now.get((entry.uri, entry.line), entry) for entry in entries]
 

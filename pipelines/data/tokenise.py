@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -41,6 +41,16 @@ class Tokenizer(Protocol):
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None: ...
     def remedy(self) -> str: ...  # what to do about texts that come back changed
     def save_pretrained(self, directory: str | Path) -> None: ...  # tokenizer.json and tokenizer_config.json
+
+
+class Chat(NamedTuple):
+    """What a model's tokenizer says of chats: not used here, but saved again, so that a trained model has it too."""
+
+    template: Any = None  # text, or several with names, as Hugging Face has them
+    bos_token: str | None = None  # which a template may put first
+
+
+NO_CHAT = Chat()
 
 
 class ByteTokenizer:
@@ -89,7 +99,7 @@ class JsonTokenizer:
     with a space and one that does not would be the same tokens.
     """
 
-    def __init__(self, content: dict[str, Any], eos_token: str | None) -> None:
+    def __init__(self, content: dict[str, Any], eos_token: str | None, chat: Chat = NO_CHAT) -> None:
         content = _without_chance(_without_prefix_space({**content, "truncation": None, "padding": None}))
         self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -99,6 +109,7 @@ class JsonTokenizer:
         self.eos_id = vocabulary[self._eos_token] if self._eos_token is not None else None
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = fingerprint([content, self._eos_token])
+        self._chat = chat if chat.bos_token in vocabulary else chat._replace(bos_token=None)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -146,7 +157,7 @@ class JsonTokenizer:
         return table
 
     def save_pretrained(self, directory: str | Path) -> None:
-        _write_files(Path(directory), self._content, self._eos_token)
+        _write_files(Path(directory), self._content, self._eos_token, self._chat)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -167,6 +178,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
         content = storage.read_json(file)
         config_file = storage.join(storage.absolute(directory), "tokenizer_config.json")
         config = storage.read_json(config_file) if storage.exists(config_file) else {}
+        template_file = storage.join(storage.absolute(directory), "chat_template.jinja")
+        template = config.get("chat_template") if isinstance(config, dict) else None
+        if storage.exists(template_file):
+            template = storage.read_bytes(template_file).decode()
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -174,7 +189,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if content == _byte_tokenizer_json():
         return ByteTokenizer()
     try:
-        return JsonTokenizer(content, _eos_token(config))
+        return JsonTokenizer(content, _token(config, "eos_token"), Chat(template, _token(config, "bos_token")))
     except Exception as error:  # the library raises plain Exception for a file that it does not understand
         raise InputError(f"tokenizer {spec} is not a Hugging Face tokenizer.json: {error}") from error
 
@@ -221,8 +236,8 @@ def _as_ids(ids: Iterable[int]) -> np.ndarray:
     return np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64).reshape(-1)
 
 
-def _eos_token(config: Any) -> str | None:
-    token = config.get("eos_token") if isinstance(config, dict) else None
+def _token(config: Any, name: str) -> str | None:
+    token = config.get(name) if isinstance(config, dict) else None
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
@@ -292,11 +307,11 @@ def _byte_tokenizer_json() -> dict[str, Any]:
     }
 
 
-def _write_files(directory: Path, content: dict[str, Any], eos_token: str | None) -> None:
+def _write_files(directory: Path, content: dict[str, Any], eos_token: str | None, chat: Chat = NO_CHAT) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if eos_token is not None:
-        config["eos_token"] = eos_token
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    said = {"eos_token": eos_token, "bos_token": chat.bos_token, "chat_template": chat.template}
+    config |= {name: value for name, value in said.items() if value is not None}
     if content == _byte_tokenizer_json():
         config["split_special_tokens"] = True  # the text "<eos>" stays five bytes
     for name, value in (("tokenizer.json", content), ("tokenizer_config.json", config)):

@@ -6,6 +6,7 @@ It is a FastAPI application like any other; what it needs of a replica is in `fr
 warms it up and in the end drains it.
 """
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -40,8 +41,7 @@ def create_app(front: Front, keys: Sequence[Key] | None) -> FastAPI:
         try:
             yield
         finally:
-            front.ready = False
-            await jobs.close()
+            await asyncio.gather(front.drain(), jobs.close(front.config.drain_timeout_s))
             await front.close()
 
     app = FastAPI(

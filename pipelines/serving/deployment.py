@@ -104,7 +104,7 @@ def application(config: ServeConfig, keys: Sequence[Key] | None) -> serve.Applic
         max_ongoing_requests=let_in,
         max_queued_requests=let_in,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
-        graceful_shutdown_timeout_s=config.drain_timeout_s + 5,
+        graceful_shutdown_timeout_s=2 * config.drain_timeout_s + 5,  # requests that Ray waits for, then summaries
         health_check_period_s=5,
         request_router_config=RequestRouterConfig(request_router_class=_ROUTER),
         **({"num_replicas": config.min_replicas} if fixed else {"autoscaling_config": scaling}),

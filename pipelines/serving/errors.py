@@ -14,6 +14,7 @@ STATUS: Mapping[Code, int] = {
     "session_not_found": 404,
     "session_exists": 409,
     "version_conflict": 409,
+    "model_mismatch": 409,
     "store_full": 429,
     "failed": 500,
 }

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -17,7 +18,7 @@ from pipelines.data.tokenise import Tokenizer
 from .chat import ChatFormat
 from .errors import ApiError, of_request
 from .metrics import Metrics
-from .openai_schema import Writing
+from .openai_schema import DEFAULT_TOKENS, Writing
 from .requests import Done, Event, Failed, OverloadedError, Request, RequestError, Usage, Written
 from .serve_config import ServeConfig
 from .service import Service, Stream
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 PING_S = 10.0  # without an event for so long, a stream shows that it lives
-_SWEEP_S = 60.0  # between looks for expired sessions
+_SWEEP_S = 60.0  # between looks for expired sessions, about: replicas that began together do not all look at once
 
 
 class Ping(NamedTuple):
@@ -57,13 +58,17 @@ class Front:
         self._sweeper = asyncio.create_task(self._sweep())
         self.ready = True
 
+    async def drain(self) -> None:
+        """End the work that is there, as far as time allows; no more is taken."""
+        self.ready = False
+        if not await self.service.drain(self.config.drain_timeout_s):
+            log.warning("requests are cancelled: they did not end within %g s", self.config.drain_timeout_s)
+
     async def close(self) -> None:
-        """End the work that is there, as far as time allows, then stop."""
+        """Stop, whatever is at work."""
         self.ready = False
         if self._sweeper is not None:
             self._sweeper.cancel()
-        if not await self.service.drain(self.config.drain_timeout_s):
-            log.warning("requests were cancelled: they did not end within %g s", self.config.drain_timeout_s)
         await self.service.close()
 
     async def call(self, function: Callable[..., _Result], *args: object) -> _Result:
@@ -84,11 +89,14 @@ class Front:
         if num_tokens > limit:
             raise ApiError(400, "too_many_tokens", f"the text has {num_tokens} tokens; at most {limit} at a time")
 
-    def check_max_tokens(self, max_tokens: int, param: str = "max_tokens") -> int:
+    def max_tokens(self, asked: int | None, default: int = DEFAULT_TOKENS) -> int:
+        """How many tokens to write, at most; where the request does not say, as many as it may of the default."""
         limit = self.config.max_new_tokens
-        if max_tokens > limit:
-            raise ApiError(400, "invalid_request", f"{param} is {max_tokens}; it must be at most {limit}", param)
-        return max_tokens
+        if asked is None:
+            return min(default, limit)
+        if asked > limit:
+            raise ApiError(400, "invalid_request", f"max_tokens is {asked}; it must be at most {limit}", "max_tokens")
+        return asked
 
     def stop_tokens(self, writing: Writing) -> tuple[int, ...]:
         """The token that ends a text, where there is one and the request does not ignore it."""
@@ -114,7 +122,7 @@ class Front:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(_SWEEP_S)
+            await asyncio.sleep(_SWEEP_S * random.uniform(0.5, 1.5))
             try:
                 await self.service.call(self.service.sessions.sweep)
             except Exception as error:  # a store raises what its library likes; the next look may go well

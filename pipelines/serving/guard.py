@@ -83,7 +83,7 @@ class Guard:
         """Who asks, into the scope's state; ApiError where nobody may."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if (origin := headers.get("origin")) is not None and urlsplit(origin).netloc != host:
+        if (origin := headers.get("origin")) is not None and _netloc(origin) != host:
             raise ApiError(403, "foreign_origin", "pages of other sites may not use this server")
         if scope["path"] in OPEN_PATHS:
             return
@@ -145,6 +145,14 @@ def _request_id(headers: Headers) -> str:
 def _host_name(host: str) -> str:
     """`name` of `name:port` and `[v6]:port`."""
     return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+
+
+def _netloc(origin: str) -> str | None:
+    """`name:port` of an origin; None where it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _challenge(scope: Scope, error: ApiError) -> dict[str, str]:

@@ -18,7 +18,7 @@ from .front import Front, Running, sampling_of, seed_of, usage_of
 from .openai_schema import ChatRequest, CompletionRequest, OpenAIRequest
 from .requests import Done, Event, Request, Written
 
-_COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256  # written where a request does not say; 16 is OpenAI's
+_COMPLETION_TOKENS = 16  # written where a request does not say: OpenAI's
 _TEMPERATURE = 1.0  # OpenAI's, where a request does not say
 
 
@@ -30,7 +30,7 @@ def routes(front: Front) -> APIRouter:
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(front, created)]}
 
-    @router.get("/v1/models/{model}")
+    @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
         _check_model(front, model)
         return _model(front, created)
@@ -38,8 +38,7 @@ def routes(front: Front) -> APIRouter:
     @router.post("/v1/completions")
     async def complete(body: CompletionRequest, http: HttpRequest) -> Response:
         tokens = await _prompt_tokens(front, body)
-        max_tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        request = _request(front, body, http, tokens, front.check_max_tokens(max_tokens))
+        request = _request(front, body, http, tokens, front.max_tokens(body.max_tokens, _COMPLETION_TOKENS))
         shape = _Shape("cmpl", "text_completion", body.model)
         return await _respond(front, body, request, http, shape)
 
@@ -48,11 +47,9 @@ def routes(front: Front) -> APIRouter:
         _check_model(front, body.model)
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ApiError(400, "invalid_request", "give max_completion_tokens or max_tokens, not both", "max_tokens")
-        max_tokens = body.max_completion_tokens or body.max_tokens or min(_CHAT_TOKENS, front.config.max_new_tokens)
+        max_tokens = front.max_tokens(body.max_completion_tokens or body.max_tokens)
         tokens = await front.encode(front.chat.prompt(body.messages))
-        request = _request(
-            front, body, http, tokens, front.check_max_tokens(max_tokens), more_stops=front.chat.stop_strings
-        )
+        request = _request(front, body, http, tokens, max_tokens, more_stops=front.chat.stop_strings)
         return await _respond(front, body, request, http, _ChatShape("chatcmpl", "chat.completion", body.model))
 
     return router

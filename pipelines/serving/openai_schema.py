@@ -11,6 +11,9 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
+DEFAULT_TOKENS = 256  # written at most, where a request does not say and the server allows it
+_MAX_TOKENS = f"none: {DEFAULT_TOKENS}, or as many as the server allows"
+
 # OpenAI's parameters that are not served -> values that ask for nothing; null does so for all.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -38,6 +41,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+# Fields of an answer's message that clients send back with it -> values that say nothing.
+NEUTRAL_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
 
 
 def check_text(text: str) -> str:
@@ -62,20 +73,26 @@ class Body(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_served(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {}
-        for name, value in values.items():
-            if name not in NEUTRAL or name in cls.model_fields:
-                kept[name] = value
-            elif value is not None and not any(type(value) is type(known) and value == known for known in _as(name)):
-                raise PydanticCustomError("unsupported", f"{name} is not served; leave it out", {"name": name})
-        return kept
+        return _without_neutral(values, {name: NEUTRAL[name] for name in NEUTRAL.keys() - cls.model_fields.keys()})
 
 
-def _as(name: str) -> tuple[Any, ...]:
+def _without_neutral(values: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
+    """The fields without those that are not served but ask for nothing."""
+    if not isinstance(values, dict):
+        return values
+    kept = {}
+    for name, value in values.items():
+        if name not in neutral:
+            kept[name] = value
+        elif value is not None and not any(
+            type(value) is type(known) and value == known for known in _as(neutral[name])
+        ):
+            raise PydanticCustomError("unsupported", f"{name} is not served; leave it out", {"name": name})
+    return kept
+
+
+def _as(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The neutral values, a number also as a float."""
-    values = NEUTRAL[name]
     return (*values, *(float(value) for value in values if type(value) is int))
 
 
@@ -118,6 +135,8 @@ class OpenAIRequest(Step):
     max_tokens: int | None = Field(None, ge=1)
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256, description="taken and not used")
+    safety_identifier: str | None = Field(None, max_length=256, description="taken and not used")
+    prompt_cache_key: str | None = Field(None, max_length=256, description="taken and not used")
 
 
 class CompletionRequest(OpenAIRequest):
@@ -137,6 +156,11 @@ class Message(pydantic.BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: Annotated[Text, Field(max_length=64)] | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_served(cls, values: Any) -> Any:
+        return _without_neutral(values, NEUTRAL_IN_MESSAGES)
 
     @property
     def text(self) -> str:
@@ -166,7 +190,7 @@ class AppendText(Body):
 
 class GenerateText(Writing):
     prompt: Text = Field("", description="read first")
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     request_id: str | None = Field(None, min_length=1, max_length=128)
     expected_version: int | None = Field(None, ge=0)
 
@@ -175,7 +199,7 @@ class SummaryRequest(Body):
     text: Text | None = Field(None, description="what to summarise; or give session_id")
     session_id: SessionId | None = Field(None, description="summarise what this session has read; it is left as it is")
     prompt: Text = Field("\n\nSummary: ", description="read after the text, before the summary is written")
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=2**63)

@@ -99,9 +99,22 @@ def to_bytes(record: Record, fingerprint: str) -> bytes:
     return states.to_bytes(tree, fingerprint, notes)
 
 
+class ForeignRecordError(ValueError):
+    """A whole record, but another model's."""
+
+    def __init__(self, message: str, saved_s: float) -> None:
+        super().__init__(message)
+        self.saved_s = saved_s  # seconds since 1970
+
+
 def from_bytes(data: bytes, fingerprint: str) -> Record:
-    """The record written by `to_bytes`; a ValueError when a byte is altered, or the record is another model's."""
-    tree, notes = states.with_notes_from_bytes(data, fingerprint)
+    """The record written by `to_bytes`; a ValueError when a byte is altered, ForeignRecordError for another model's."""
+    try:
+        tree, notes = states.with_notes_from_bytes(data, fingerprint)
+    except states.ForeignStateError as error:
+        if not isinstance(error.notes, dict) or "saved_s" not in error.notes:
+            raise
+        raise ForeignRecordError(str(error), error.notes["saved_s"]) from error
     try:
         hidden: Tensor = tree["hidden"]
         position = Position(

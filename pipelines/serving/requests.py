@@ -8,7 +8,15 @@ from rmt_core import Sampling
 
 FinishReason = Literal["stop", "length"]
 GREEDY = Sampling()
-Code = Literal["invalid_request", "session_not_found", "session_exists", "version_conflict", "store_full", "failed"]
+Code = Literal[
+    "invalid_request",
+    "session_not_found",
+    "session_exists",
+    "version_conflict",
+    "model_mismatch",
+    "store_full",
+    "failed",
+]
 
 
 class RequestError(ValueError):

@@ -43,7 +43,9 @@ class ServeConfig(Config):
     max_new_tokens: Count = pydantic.Field(4096, ge=1, description="tokens that one request may have written")
     request_timeout_s: float = pydantic.Field(600.0, gt=0, description="seconds that one request may take")
     body_timeout_s: float = pydantic.Field(30.0, gt=0, description="seconds without a further part of a body")
-    drain_timeout_s: float = pydantic.Field(60.0, ge=0, description="seconds that a leaving replica ends its work in")
+    drain_timeout_s: float = pydantic.Field(
+        60.0, ge=0, description="seconds that a leaving replica waits for requests, then summaries"
+    )
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "ServeConfig":

@@ -85,7 +85,7 @@ def routes(front: Front) -> APIRouter:
     async def generate(session: str, body: GenerateText, http: HttpRequest) -> Response:
         request = Request(
             tokens=await front.encode(body.prompt),
-            max_new_tokens=front.check_max_tokens(body.max_tokens),
+            max_new_tokens=front.max_tokens(body.max_tokens),
             session=session,
             tenant=http.state.tenant,
             sampling=sampling_of(body, temperature=0.0),

@@ -1,12 +1,15 @@
 """Sessions by tenant and id: versions, forks, returns to earlier versions, limits, times to live.
 
 A session's current record is `<hash>/head` in the store, earlier versions that are kept are `<hash>/<version>`. The
-hash is of tenant and id, so that neither becomes a name and nobody's id finds another's session.
+hash is of tenant and id, so that neither becomes a name and nobody's id finds another's session. Names of another form
+are somebody else's: they are neither counted nor deleted.
 """
 
 import hashlib
+import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +19,10 @@ from . import records
 from .readers import Position
 from .records import KEPT_RESULTS, Boundary, Record, Result
 from .requests import RequestError
-from .store import Blob, ConflictError, Store
+from .store import Blob, ConflictError, Entry, Store
 
-_USAGE_AGE_S = 10.0  # for so long a count of all sessions is used, with what this process has added since
+_OWN_NAME = re.compile(r"[0-9a-f]{64}/(head|summary|\d{8,})")  # `summary`: the record of a summary as a job
+_USAGE_AGE_S = 10.0  # for so long a count of all sessions is used, with what this process has changed since
 _ORPHAN_AGE_S = 3600.0  # a version without a session is left by a process that was killed, or belongs to one at work
 
 
@@ -50,11 +54,23 @@ class Loaded(NamedTuple):
     blob: Blob
 
 
+class _Usage(NamedTuple):
+    """What is in the store, or rather more: what could not be told while it was counted is counted."""
+
+    counted_s: float  # when
+    num_sessions: int
+    num_bytes: int
+
+    def plus(self, num_sessions: int, num_bytes: int) -> "_Usage":
+        return _Usage(self.counted_s, self.num_sessions + num_sessions, self.num_bytes + num_bytes)
+
+
 class Sessions:
     """The sessions of one model in a store. Blocking; safe for several threads, and processes with the same store.
 
     Methods raise RequestError: "session_not_found" alike for a session that never was, is another tenant's, was
-    deleted or has expired; "version_conflict", "session_exists", "store_full". `start` is where a new session stands.
+    deleted or has expired; "version_conflict", "session_exists", "store_full"; "model_mismatch" for a session that
+    another model has read for. `start` is where a new session stands.
     """
 
     def __init__(
@@ -71,7 +87,10 @@ class Sessions:
         self.fingerprint = fingerprint
         self.limits = limits
         self.clock = clock
-        self._usage: tuple[float, int, int] | None = None  # when counted, sessions, bytes
+        self._lock = threading.RLock()  # of the three below
+        self._usage: _Usage | None = None
+        self._being_made: list[int] = []  # bytes of sessions that may be in the store already, or not yet
+        self._swept_s = float("-inf")  # when room was last made
 
     def create(self, tenant: str, session: str) -> Info:
         """A session that has read nothing."""
@@ -120,13 +139,19 @@ class Sessions:
         return self._add(_key(tenant, session), position._replace(chain=None))
 
     def delete(self, tenant: str, session: str) -> None:
-        loaded = self.load(tenant, session)
-        self._delete(loaded.record.session)
+        """Delete a session, also one that cannot be read or is another model's."""
+        key = _key(tenant, session)
+        try:
+            self._load(key)
+        except RequestError as error:
+            if error.code == "session_not_found":
+                raise
+        self._delete(key)
 
     def sweep(self) -> int:
         """Delete what has expired and what killed processes left behind; how many sessions went."""
         now = self.clock()
-        entries = list(self.store.entries())
+        entries = list(self._entries())
         heads = {entry.name.partition("/")[0]: entry for entry in entries if entry.name.endswith("/head")}
         expired = [key for key, head in heads.items() if self._is_expired(head.modified_s, now)]
         for key in expired:
@@ -135,6 +160,10 @@ class Sessions:
             if entry.name.partition("/")[0] not in heads and now - entry.modified_s > _ORPHAN_AGE_S:
                 self.store.delete(entry.name)
         return len(expired)
+
+    def _entries(self, group: str | None = None) -> Iterator[Entry]:
+        """What is in the store and ours: a bucket may hold models beside sessions."""
+        return (entry for entry in self.store.entries(group) if _OWN_NAME.fullmatch(entry.name))
 
     def _is_expired(self, saved_s: float, now: float) -> bool:
         return self.limits.ttl_s is not None and now - saved_s > self.limits.ttl_s
@@ -152,6 +181,11 @@ class Sessions:
     def _read(self, key: str, blob: Blob) -> Record:
         try:
             record = records.from_bytes(blob.data, self.fingerprint)
+        except records.ForeignRecordError as error:
+            if self._is_expired(error.saved_s, self.clock()):
+                self._delete(key)
+                raise _not_found() from error
+            raise RequestError("model_mismatch", "the session belongs to another model; delete it") from error
         except ValueError as error:
             raise RequestError("failed", f"the session cannot be read: {error}") from error
         if record.session != key:
@@ -170,12 +204,18 @@ class Sessions:
         return self._read(key, blob)
 
     def _add(self, key: str, position: Position) -> Info:
-        self._check_room()
         record = Record(key, 0, position, self.clock())
-        blob = self._put(record, None)
-        if self._usage is not None:
-            counted_s, num_sessions, num_bytes = self._usage
-            self._usage = counted_s, num_sessions + 1, num_bytes + len(blob.data)
+        data = records.to_bytes(record, self.fingerprint)
+        self._take_room(len(data))
+        made = False
+        try:
+            blob = self._put(key, data, None)
+            made = True
+        finally:
+            with self._lock:
+                self._being_made.remove(len(data))
+                if not made and self._usage is not None:
+                    self._usage = self._usage.plus(-1, -len(data))
         return _info(record, blob)
 
     def _replace(self, loaded: Loaded, position: Position, results: tuple[Result, ...]) -> Info:
@@ -186,7 +226,7 @@ class Sessions:
         if kept:
             self._keep(_version_name(old.session, old.version), loaded.blob.data)
         record = Record(old.session, old.version + 1, position, self.clock(), results, tuple(kept))
-        blob = self._put(record, loaded.blob.tag)
+        blob = self._put(old.session, records.to_bytes(record, self.fingerprint), loaded.blob.tag)
         for boundary in gone:
             self.store.delete(_version_name(old.session, boundary.version))
         return _info(record, blob)
@@ -200,10 +240,9 @@ class Sessions:
             if there is not None and there.data != data:
                 self.store.put(name, data, there.tag)
 
-    def _put(self, record: Record, tag: str | None) -> Blob:
-        data = records.to_bytes(record, self.fingerprint)
+    def _put(self, key: str, data: bytes, tag: str | None) -> Blob:
         try:
-            return Blob(data, self.store.put(f"{record.session}/head", data, tag))
+            return Blob(data, self.store.put(f"{key}/head", data, tag))
         except ConflictError as error:
             if tag is None:
                 raise RequestError("session_exists", "there is a session of this id already") from error
@@ -212,28 +251,46 @@ class Sessions:
             ) from error
 
     def _delete(self, key: str) -> None:
-        self.store.delete(f"{key}/head")  # first: a commit at work then finds nothing to replace
-        for entry in self.store.entries(key):
+        counted = self._usage
+        num_bytes = sum(entry.num_bytes for entry in self._entries(key))
+        there = self.store.delete(f"{key}/head")  # first: a commit at work then finds nothing to replace
+        for entry in self._entries(key):
             self.store.delete(entry.name)
-        self._usage = None
+        with self._lock:
+            usage = self._usage
+            if there and usage is not None and counted is not None and usage.counted_s == counted.counted_s:
+                self._usage = usage.plus(-1, -num_bytes)
 
-    def _check_room(self) -> None:
+    # --- room ---------------------------------------------------------------------------------------
+
+    def _take_room(self, num_bytes: int) -> None:
+        """Count a session that is about to be made; RequestError where there is no room for it."""
+        with self._lock:
+            now, usage, limits = self.clock(), self._usage, self.limits
+            if limits.max_sessions is not None or limits.max_bytes is not None:
+                if usage is None or now - usage.counted_s > _USAGE_AGE_S:
+                    usage = self._count(now)
+                if self._is_full(usage) and now - self._swept_s > _USAGE_AGE_S:
+                    self.sweep()
+                    self._swept_s = now
+                    usage = self._count(now)
+                self._usage = usage
+                if self._is_full(usage):
+                    raise RequestError("store_full", "there is no room for a further session; delete some")
+                self._usage = usage.plus(1, num_bytes)
+            self._being_made.append(num_bytes)
+
+    def _is_full(self, usage: _Usage) -> bool:
         limits = self.limits
-        if limits.max_sessions is None and limits.max_bytes is None:
-            return
-        for attempt in range(2):
-            if self._usage is None or self.clock() - self._usage[0] > _USAGE_AGE_S:
-                entries = list(self.store.entries())
-                num_sessions = sum(entry.name.endswith("/head") for entry in entries)
-                self._usage = self.clock(), num_sessions, sum(entry.num_bytes for entry in entries)
-            _, num_sessions, num_bytes = self._usage
-            full = limits.max_sessions is not None and num_sessions >= limits.max_sessions
-            if not full and (limits.max_bytes is None or num_bytes < limits.max_bytes):
-                return
-            if attempt == 0:
-                self.sweep()
-                self._usage = None
-        raise RequestError("store_full", "there is no room for a further session; delete some")
+        return (limits.max_sessions is not None and usage.num_sessions >= limits.max_sessions) or (
+            limits.max_bytes is not None and usage.num_bytes >= limits.max_bytes
+        )
+
+    def _count(self, now: float) -> _Usage:
+        entries = list(self._entries())
+        num_sessions = sum(entry.name.endswith("/head") for entry in entries)
+        num_bytes = sum(entry.num_bytes for entry in entries)
+        return _Usage(now, num_sessions, num_bytes).plus(len(self._being_made), sum(self._being_made))
 
 
 def check_version(record: Record, expected: int | None) -> None:

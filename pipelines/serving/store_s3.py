@@ -1,6 +1,6 @@
 """Sessions as objects on S3: s3://bucket/prefix/<group>/<part>, replaced by conditional writes."""
 
-import uuid
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ class S3Store:
 
     def _check(self, uri: str) -> None:
         """InputError where the store cannot be reached, or takes conditional writes for plain ones."""
-        name = f"check/{uuid.uuid4().hex}"
+        name = f"{secrets.token_hex(32)}/00000000"  # as versions are named: left by a killed process, it is swept
         try:
             self.put(name, b"first", None)
             try:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _RENEW_S = 1.0
 _STALE_S = 60.0
+_CLOSED = "the server closed; send it again"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class SummaryJobs:
         front = self._front
         if len(self._tasks) >= front.config.max_requests:
             raise ApiError(429, "overloaded", "too many summaries are being written; try again later")
-        max_tokens = front.check_max_tokens(body.max_tokens)
+        max_tokens = front.max_tokens(body.max_tokens)
         tokens = await front.encode((body.text or "") + body.prompt)
         if not tokens:
             raise ApiError(400, "invalid_request", "text: there is nothing to read", "text")
@@ -111,12 +112,14 @@ class SummaryJobs:
         await self.cancel(tenant, job_id)
         await self._front.call(self._store.delete, _name(tenant, job_id))
 
-    async def close(self) -> None:
-        """Stop what is at work; the records say so."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
+    async def close(self, timeout_s: float) -> None:
+        """Wait so long for what is at work, then stop it; the records say so."""
+        if not self._tasks:
+            return
+        _, late = await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
+        for task in late:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*late, return_exceptions=True)
 
     # --- one job ------------------------------------------------------------------------------------
 
@@ -133,8 +136,8 @@ class SummaryJobs:
                     last_renewed = time.monotonic()
         except ConflictError:
             pass  # cancelled or deleted by another replica
-        except asyncio.CancelledError:
-            job = replace(job, status="cancelled", renewed_s=time.time())
+        except asyncio.CancelledError:  # as the server closes; or by a user, whose request has changed the record
+            job = replace(job, status="failed", error=_CLOSED, renewed_s=time.time())
             with contextlib.suppress(ConflictError):
                 await self._front.service.call(self._put, name, job, tag)
         except Exception as error:  # the border of a job: its message may hold what the user wrote
@@ -165,7 +168,7 @@ class SummaryJobs:
                     yield job  # at work or waiting
                     continue
                 except StopAsyncIteration:
-                    yield replace(job, status="failed", error="the server closed; send the job again")
+                    yield replace(job, status="failed", error=_CLOSED)
                     return
                 if isinstance(event, Progress):
                     job = replace(job, num_read=event.num_tokens)

@@ -1,7 +1,7 @@
 """Moving bytes between this machine's disk and a store, and putting files in their places on a disk.
 
 What is put in place is flushed first and gets its name by a rename, which on NFS too is seen whole or not at all. No
-locks are used: two that write the same name leave one of the two, whole.
+locks are used: two that write the same name leave one of the two, whole, and of two that create it one succeeds.
 """
 
 import errno
@@ -52,6 +52,17 @@ def put_file(fresh: Path, final: Path) -> None:
     _sync(fresh)
     fresh.replace(final)
     _sync(final.parent)
+
+
+def create_file(fresh: Path, final: Path) -> bool:
+    """Gives a complete file its name, if nothing has it; whether it did. Needs a disk that knows hard links."""
+    _sync(fresh)
+    try:
+        os.link(fresh, final)
+    except FileExistsError:
+        return False
+    _sync(final.parent)
+    return True
 
 
 def put_directory(local: Path, final: Path) -> None:

@@ -1,8 +1,8 @@
 """The output of a summary job: what is to be done, what is done, and where a long document was left.
 
-    job.json                  what decides the rows; written when the plan is whole: without it there is no job
-    inputs.json               the files read: size, time and hash
-    plan-00000.parquet ...    every document, a row group a block
+    job.json                  what decides the rows; made when the plan is whole: without it there is no job
+    inputs-NAME.json          the files read: size, time and hash
+    plan-NAME-00000.parquet   every document, a row group a block, and more such files
     summaries-00000.parquet   the rows of one block, committed as a whole when the block ends
     states/                   progress within documents of blocks that have not ended
     round.json                how often what failed was to be tried again
@@ -10,6 +10,9 @@
     dead_letters.jsonl        one line for every error
     batch_output.jsonl        result lines, where the input holds OpenAI Batch requests
     result.json               counts; written last
+
+A plan's name is made of what it holds, and job.json, which names it, is made once: commands that begin one job together
+go on with the plan of the first that has one.
 
 A block always holds the same documents and has one file, which appears by a rename: whoever works on a block, how often
 and however it ends, there is one row a document. Memory is that of one block.
@@ -33,16 +36,18 @@ from pipelines.data.catalogue import Entry
 from pipelines.summarising import rows
 from pipelines.summarising.rows import ERROR, SCHEMA
 
-FORMAT = "rmt-summaries-2"
-JOB, INPUTS, ROUND, RESULT = "job.json", "inputs.json", "round.json", "result.json"
+FORMAT = "rmt-summaries-3"
+JOB, ROUND, RESULT = "job.json", "round.json", "result.json"
 LINES, DEAD_LETTERS, BATCH_OUTPUT = "summaries.jsonl", "dead_letters.jsonl", "batch_output.jsonl"
 STATES = "states"
 OWN_NAMES = re.compile(
-    r"job\.json|inputs\.json|round\.json|result\.json|states|plan-\d{5,}\.parquet|summaries-\d{5,}\.parquet"
+    r"job\.json|inputs-[0-9a-f]{16}\.json|round\.json|result\.json|states|plan-[0-9a-f]{16}-\d{5,}\.parquet"
+    r"|summaries-\d{5,}\.parquet"
     r"|summaries\.jsonl|dead_letters\.jsonl|batch_output\.jsonl|SHA256SUMS|\..*\.tmp"
 )
 _PART = re.compile(r"summaries-(\d{5,})\.parquet")
-_CUT_OFF = re.compile(r"\.(summaries|plan)-\d{5,}\.parquet\.[0-9a-f]+\.tmp")
+PLAN = re.compile(r"(?:plan|inputs)-([0-9a-f]{16})(?:-\d{5,}\.parquet|\.json)")
+_CUT_OFF = re.compile(r"\.(summaries|plan-[0-9a-f]{16})-\d{5,}\.parquet\.[0-9a-f]+\.tmp")
 _PLAN_BLOCKS = 256  # row groups of a plan's file: few enough that its footer is small
 
 
@@ -67,10 +72,11 @@ def count(table: pa.Table) -> Counts:
 
 
 class Ledger:
-    """The files of one output."""
+    """The files of one output; `plan` names the plan whose documents are asked for."""
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, plan: str | None = None) -> None:
         self.output = output
+        self.plan = plan
 
     def _at(self, *names: str) -> str:
         return storage.join(self.output, *names)
@@ -82,25 +88,39 @@ class Ledger:
     def write(self, name: str, value: Any) -> None:
         storage.write_json(self._at(name), value)
 
+    def create_job(self, job: dict[str, Any]) -> bool:
+        """Makes the job, whose plan is whole; False where another command has made it."""
+        return storage.create_json(self._at(JOB), job)
+
     # --- the plan
 
-    def write_plan(self, entries: Iterable[Entry], block_len: int) -> None:
+    def write_plan(self, plan: str, entries: Iterable[Entry], block_len: int) -> None:
         """Divides entries into blocks of `block_len` documents (the last perhaps fewer)."""
         blocks = _batched(entries, block_len)
         for number in itertools.count():
             first = next(blocks, None)
             if first is None:
                 return
-            target = self._at(_plan_name(number))
+            target = self._at(_plan_name(plan, number))
             with storage.writing(target) as path, pq.ParquetWriter(path, catalogue.SCHEMA) as file:
                 for block in itertools.chain([first], itertools.islice(blocks, _PLAN_BLOCKS - 1)):
                     file.write_table(catalogue.to_table(block), row_group_size=block_len)
 
     def entries(self, block: int) -> list[Entry]:
         """The documents of a block."""
-        files, path = storage.filesystem(self._at(_plan_name(block // _PLAN_BLOCKS)))
+        files, path = storage.filesystem(self._at(_plan_name(self.plan, block // _PLAN_BLOCKS)))
         with files.open_input_file(path) as file:
             return catalogue.from_table(pq.ParquetFile(file).read_row_group(block % _PLAN_BLOCKS))
+
+    def planned(self) -> Iterator[pa.Table]:
+        """All documents, some at a time."""
+        for number in itertools.count():
+            if not storage.exists(uri := self._at(_plan_name(self.plan, number))):
+                return
+            files, path = storage.filesystem(uri)
+            with files.open_input_file(path) as file:
+                for batch in pq.ParquetFile(file).iter_batches():
+                    yield pa.Table.from_batches([batch])
 
     # --- rows
 
@@ -141,6 +161,15 @@ class Ledger:
                 found.add(block)
         return found
 
+    def retried(self) -> dict[str, tuple[str, str | None]]:
+        """Id and hash of the documents that were tried more than once, by their source."""
+        found = {}
+        for block in sorted(self.done()):
+            for row in self.rows(block, ["source", "doc_id", "sha256", "attempt"]).to_pylist():
+                if row["attempt"] > 1:
+                    found[row["source"]] = row["doc_id"], row["sha256"]
+        return found
+
     # --- progress within documents
 
     def tries(self, block: int) -> dict[str, Any]:
@@ -161,11 +190,12 @@ class Ledger:
         """Deletes the progress of a block and of its documents, which have their rows."""
         self._forget({_try_name(block), *keys})
 
-    def sweep(self) -> None:
-        """Deletes what is of no use once all rows are there: progress, and parts that were never whole."""
+    def sweep(self, plan: str) -> None:
+        """Deletes what is of no use once all rows are there: progress, parts that were never whole, other plans."""
         self._forget(storage.list_names(self._at(STATES)))
         for name in storage.list_names(self.output):
-            if _CUT_OFF.fullmatch(name):
+            found = PLAN.fullmatch(name)
+            if _CUT_OFF.fullmatch(name) or (found is not None and found[1] != plan):
                 with contextlib.suppress(FileNotFoundError):
                     storage.delete(self._at(name))
 
@@ -221,8 +251,13 @@ def part_name(block: int) -> str:
     return f"summaries-{block:05d}.parquet"
 
 
-def _plan_name(number: int) -> str:
-    return f"plan-{number:05d}.parquet"
+def inputs_name(plan: str) -> str:
+    return f"inputs-{plan}.json"
+
+
+def _plan_name(plan: str | None, number: int) -> str:
+    assert plan is not None
+    return f"plan-{plan}-{number:05d}.parquet"
 
 
 def _try_name(block: int) -> str:

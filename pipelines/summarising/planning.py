@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from pipelines.config import fingerprint
 from pipelines.data import catalogue
 from pipelines.data.catalogue import Entry
 from pipelines.data.inputs import InputFile
+from pipelines.data.read import file_sha256
 from pipelines.storage import FileEntry
 from pipelines.summarising.ledger import Ledger
 
@@ -50,6 +52,7 @@ class Numbers(NamedTuple):
 class Plan(NamedTuple):
     """A plan that was written."""
 
+    name: str
     numbers: Numbers
     files: list[InputFile]  # as they were read
 
@@ -67,8 +70,9 @@ def make_plan(ledger: Ledger, files: Sequence[FileEntry], wishes: Wishes) -> Pla
                 num_documents += len(table)
                 num_bytes += sum(table.column("num_bytes").to_pylist())
         block_len = wishes.block_len or _block_len(num_documents, num_bytes, wishes)
-        ledger.write_plan(_written(path), block_len)
-    return Plan(Numbers(num_documents, math.ceil(num_documents / block_len), block_len, num_bytes), read)
+        name = fingerprint([file_sha256(str(path)), block_len, [file._asdict() for file in read]])[:16]
+        ledger.write_plan(name, _written(path), block_len)
+    return Plan(name, Numbers(num_documents, math.ceil(num_documents / block_len), block_len, num_bytes), read)
 
 
 def _block_len(num_documents: int, num_bytes: int, wishes: Wishes) -> int:

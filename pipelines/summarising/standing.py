@@ -45,7 +45,9 @@ def job_there(
         if ledgers.JOB not in names:
             # A plan that was cut off leaves these; any other name belongs to something else.
             foreign += [
-                name for name in names if not re.fullmatch(r"plan-\d+\.parquet|inputs\.json|SHA256SUMS|\..*\.tmp", name)
+                name
+                for name in names
+                if not (ledgers.PLAN.fullmatch(name) or re.fullmatch(r"SHA256SUMS|\..*\.tmp", name))
             ]
         if foreign:
             raise InputError(f"{output} is not empty (it holds {foreign[0]}); give another --output")
@@ -53,12 +55,13 @@ def job_there(
             _check_writable(output)
             return None
         job = ledger.read(ledgers.JOB)
-        before = [InputFile(**entry) for entry in ledger.read(ledgers.INPUTS)]
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        there = job.get("decisive", {}) if isinstance(job, dict) else {}
+        if there.get("format") != ledgers.FORMAT:
+            raise InputError(f"{output} holds a {ledgers.JOB} that is not of summaries; give another --output")
+        read_then = ledgers.inputs_name(job["plan"])
+        before = [InputFile(**entry) for entry in ledger.read(read_then)]
+    except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"output {output} cannot be used: {error}") from error
-    there = job.get("decisive", {}) if isinstance(job, dict) else {}
-    if there.get("format") != ledgers.FORMAT:
-        raise InputError(f"{output} holds a {ledgers.JOB} that is not of summaries; give another --output")
     differences = [
         f"{name} {_short(there.get(name))} there, {_short(value)} asked for"
         for name, value in decisive.items()
@@ -68,7 +71,7 @@ def job_there(
         if retry and difference.startswith("changed"):  # so that what failed can be mended
             log.warning("input %s: what failed is read again, documents that are done stay as they are", difference)
             now = [_as_it_is(*pair) for pair in zip(before, files, strict=True)]
-            ledger.write(ledgers.INPUTS, [file._asdict() for file in now])
+            ledger.write(read_then, [file._asdict() for file in now])
         else:
             differences.append(f"other input ({difference})")
     if differences:

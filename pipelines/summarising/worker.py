@@ -1,7 +1,8 @@
 """A worker of a summary job: holds the model, takes a block of documents, commits their rows.
 
 Memory: the model; for each document being read a state of constant size and a piece of its text (1 MiB of it and its
-tokens), for one that is a JSONL line or a Parquet row all of its text; the rows of one block.
+tokens), for one that is a JSONL line or a Parquet row all of its text; the rows of one block; a mark of each document
+that was tried again in earlier rounds, where one was mended since.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from pipelines.data.read import UnreadableError
 from pipelines.summarising import rows
 from pipelines.summarising.documents import DocumentError, Summary, Text
 from pipelines.summarising.ledger import Counts, Ledger, count
+from pipelines.summarising.mended import Mended
 from pipelines.summarising.strategies import Settings, open_strategy, style_of
 
 _TRIES_TOGETHER = 2  # of a block: then each document is read alone, to find one that kills who reads it
@@ -26,6 +28,7 @@ class Work(NamedTuple):
     """What a worker is given beside the settings of its strategy."""
 
     output: str
+    plan: str  # its name
     model: str  # fingerprint that is expected
     settings: str  # fingerprint of all that decides what is written
     state_every: int  # segments between stored states; 0: none are stored
@@ -38,7 +41,7 @@ class BlockWorker:
     def __init__(self, settings: Settings, work: Work) -> None:
         self._settings = settings
         self._work = work
-        self._ledger = Ledger(work.output)
+        self._ledger = Ledger(work.output, work.plan)
         self._strategy, found = open_strategy(settings)
         if found != work.model:
             raise RuntimeError(
@@ -46,6 +49,7 @@ class BlockWorker:
                 "give a directory that all machines share"
             )
         self._reader = Reader()
+        self._mended = Mended(self._ledger)
 
     def run(self, block: int, *, committed: bool) -> Counts:
         """Makes the rows of a block, or where it is `committed` those that failed and may be tried again."""
@@ -57,7 +61,7 @@ class BlockWorker:
         if not due:
             return count(self._ledger.rows(block, ["status", "num_tokens"]))
         if committed:  # what failed may have been mended since
-            for n, entry in zip(due, catalogue.look_up_again([entries[n] for n in due]), strict=True):
+            for n, entry in zip(due, self._mended.look_up([entries[n] for n in due]), strict=True):
                 entries[n] = entry
         made = {n: self._row(entries[n], None) for n in due if entries[n].outcome is not None}
         readable = [n for n in due if n not in made]

@@ -37,10 +37,14 @@ def make_config(**settings: Any) -> ServeConfig:
 
 
 def make_app(
-    config: ServeConfig, keys: Sequence[Key] | None = None, store: Store | None = None, chat: ChatFormat | None = None
+    config: ServeConfig,
+    keys: Sequence[Key] | None = None,
+    store: Store | None = None,
+    chat: ChatFormat | None = None,
+    fingerprint: str = "f" * 64,
 ) -> tuple[FastAPI, Front]:
     settings = Settings(num_slots=config.num_slots, prefix_bytes=config.prefix_cache_bytes, server_key=b"key")
-    engine = Engine(MODEL, settings, fingerprint="f" * 64, tokenizer=BYTES)
+    engine = Engine(MODEL, settings, fingerprint=fingerprint, tokenizer=BYTES)
     sessions = Sessions(
         store if store is not None else MemoryStore(),
         engine.start(),
@@ -67,10 +71,11 @@ def running(
     key: str | None = None,
     store: Store | None = None,
     chat: ChatFormat | None = None,
+    fingerprint: str = "f" * 64,
     **settings: Any,
 ) -> Iterator[Running]:
     """A server that is ready; `key` is the client's."""
-    app, front = make_app(make_config(**settings), keys, store, chat)
+    app, front = make_app(make_config(**settings), keys, store, chat, fingerprint)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -127,6 +127,15 @@ def test_the_official_client_works_unchanged(url: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_command_leaves_a_serve_that_runs_already_as_it_is(
+    url: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main(["--model", model, "--port", "0", "--store", "memory:"]) == 2
+    assert "deploy pipelines.serve:build there" in capsys.readouterr().err
+    assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+@pytest.mark.slow
 def test_a_stream_comes_as_it_is_written_and_ends_with_its_client(url: str) -> None:
     headers = {"x-session-id": "streamed"}
     with httpx.stream("POST", f"{url}/v1/completions", json=ENDLESS, headers=headers, timeout=60) as answer:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from pipelines.serving.chat import ChatFormat
-from pipelines.serving.openai_schema import NEUTRAL
+from pipelines.serving.openai_schema import NEUTRAL, NEUTRAL_IN_MESSAGES
 from tests.pipelines.serving_http import NAME, Running, running, written
 
 PROMPT = "It is a truth universally acknowledged"
@@ -75,6 +76,47 @@ def test_the_official_client_chats(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_what_was_answered_goes_back_in_the_next_turn(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Who are you?"}]
+    for _ in range(2):
+        answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=NUM_NEW, temperature=0)
+        messages.append(answer.choices[0].message)
+        messages.append({"role": "user", "content": "And who else?"})
+    first, second = (message.content for message in messages[1::2])
+    prompt = f"User: Who are you?\n\nAssistant: {first}\n\nUser: And who else?\n\nAssistant:"
+    assert second == written(prompt.encode(), NUM_NEW)
+
+
+@pytest.mark.parametrize("name", NEUTRAL_IN_MESSAGES)
+def test_of_messages_only_text_is_read_and_what_says_nothing(server: Running, name: str) -> None:
+    body = {"model": NAME, "max_tokens": 1}
+    for value in (None, *NEUTRAL_IN_MESSAGES[name]):
+        messages = [{"role": "assistant", "content": "a", name: value}]
+        answer = server.http.post("/v1/chat/completions", json={**body, "messages": messages})
+        assert answer.status_code == 200, value
+    messages = [{"role": "assistant", "content": "a", name: [7]}]
+    answer = server.http.post("/v1/chat/completions", json={**body, "messages": messages})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+def test_who_asks_and_for_which_cache_is_taken_and_not_used(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "a"}],
+        max_tokens=1,
+        user="u",
+        safety_identifier="s",
+        prompt_cache_key="k",
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 1
+
+
+def test_a_models_name_may_hold_slashes() -> None:
+    with running(model_name="org/tiny") as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert client.models.retrieve("org/tiny").id == "org/tiny"
 
 
 def test_a_models_own_template_is_used() -> None:

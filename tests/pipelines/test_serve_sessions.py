@@ -90,6 +90,20 @@ def test_a_request_sent_again_has_its_first_result_also_without_a_seed(server: R
     assert server.http.get(f"/v1/sessions/{session}").json()["version"] == 1
 
 
+def test_who_says_no_number_of_tokens_gets_what_the_server_allows() -> None:
+    with running(max_new_tokens=5) as server:
+        session, more = new_session(server), {"ignore_eos": True}
+        chat = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
+        answers = [
+            server.http.post(f"/v1/sessions/{session}/generate", json={"prompt": TEXT, **more}),
+            server.http.post("/v1/completions", json={"model": NAME, "prompt": TEXT, **more}),
+            server.http.post("/v1/chat/completions", json={**chat, **more}),
+        ]
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [5, 5, 5]
+        job = server.http.post("/v1/summaries", json={"text": TEXT})
+        assert finished(server, job.json()["id"])["progress"]["num_written"] <= 5
+
+
 def test_another_version_than_expected_is_a_conflict(server: Running) -> None:
     session = new_session(server)
     path = f"/v1/sessions/{session}/append"
@@ -140,6 +154,25 @@ def test_a_session_survives_its_server() -> None:
         server.http.post("/v1/sessions/kept/append", json={"text": TEXT}).raise_for_status()
     with running(store=store) as server:
         assert generated(server, "kept")["text"] == written(TEXT.encode(), 9)
+
+
+def test_a_session_of_an_earlier_model_says_so_and_can_be_deleted() -> None:
+    store = MemoryStore()
+    with running(store=store, fingerprint="e" * 64) as server:
+        server.http.post("/v1/sessions", json={"id": "old"}).raise_for_status()
+    with running(store=store) as server:
+        answers = [
+            server.http.get("/v1/sessions/old"),
+            server.http.post("/v1/sessions/old/append", json={"text": TEXT}),
+            server.http.post("/v1/sessions/old/generate", json={"prompt": TEXT, "max_tokens": 1}),
+            server.http.post("/v1/sessions/old/fork"),
+            server.http.post("/v1/summaries", json={"session_id": "old"}),
+        ]
+        message = "the session belongs to another model; delete it"
+        told = [(answer.status_code, *map(answer.json()["error"].get, ("code", "message"))) for answer in answers]
+        assert told == [(409, "model_mismatch", message)] * len(answers)
+        assert server.http.delete("/v1/sessions/old").status_code == 200
+        assert server.http.get("/v1/sessions/old").status_code == 404
 
 
 # --- summaries --------------------------------------------------------------------------------------
@@ -194,11 +227,16 @@ def test_a_summary_is_cancelled_from_here_and_from_another_replica() -> None:
 
 
 def test_a_server_that_leaves_ends_what_it_can_and_says_so() -> None:
-    store = MemoryStore()
+    store, short = MemoryStore(), LONG_TEXT[:4000]
+    with running(store=store, drain_timeout_s=60) as server:
+        ended = server.http.post("/v1/summaries", json={"text": short, "prompt": "", "max_tokens": 3}).json()["id"]
     with running(store=store, drain_timeout_s=0.1) as server:
-        job = server.http.post("/v1/summaries", json={"text": LONG_TEXT, "max_tokens": 1}).json()["id"]
+        late = server.http.post("/v1/summaries", json={"text": LONG_TEXT, "max_tokens": 1}).json()["id"]
     with running(store=store) as server:
-        assert server.http.get(f"/v1/summaries/{job}").json()["status"] == "cancelled"
+        job = server.http.get(f"/v1/summaries/{ended}").json()
+        assert (job["status"], job["summary"]) == ("succeeded", written(short.encode(), 3))
+        job = server.http.get(f"/v1/summaries/{late}").json()
+        assert (job["status"], job["error"]) == ("failed", "the server closed; send it again")
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(server: Running) -> None:

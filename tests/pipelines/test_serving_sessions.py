@@ -1,5 +1,6 @@
 """Sessions in every kind of store: one suite for all."""
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from pipelines.serving.readers import Position
 from pipelines.serving.records import Record, Result, digest_of, hashed
 from pipelines.serving.requests import Done, Request, RequestError, Usage
 from pipelines.serving.sessions import Limits, Sessions
-from pipelines.serving.store import ConflictError, Store, open_store
+from pipelines.serving.store import ConflictError, Entry, Store, open_store
+from pipelines.serving.store_memory import MemoryStore
 from tests.rmt_core.tiny import same_states
 
 KINDS = ("memory", "directory", "s3", "redis")
@@ -301,6 +304,31 @@ def test_a_damaged_or_swapped_record_is_never_served(store: Store) -> None:
     assert "altered" in refused("failed", sessions.load, "tenant", "b")
 
 
+def test_another_models_session_is_refused_expires_and_can_be_deleted(store: Store) -> None:
+    grown(sessions_of(store), 1)
+    clock = Clock()
+    later = Sessions(store, position(), fingerprint="another", limits=Limits(ttl_s=100), clock=clock)
+    for function in (later.load, later.info, later.export):
+        assert "delete it" in refused("model_mismatch", function, "tenant", "a")
+    refused("model_mismatch", later.fork, "tenant", "a", "b")
+    later.delete("tenant", "a")
+    assert list(store.entries()) == []
+    grown(sessions_of(store), 1)
+    clock.ahead_s = 150
+    refused("session_not_found", later.load, "tenant", "a")
+    assert list(store.entries()) == []
+
+
+def test_a_damaged_session_can_be_deleted(store: Store) -> None:
+    sessions = sessions_of(store)
+    sessions.create("tenant", "a")
+    loaded = sessions.load("tenant", "a")
+    store.put(f"{loaded.record.session}/head", b"damaged", loaded.blob.tag)
+    refused("failed", sessions.load, "tenant", "a")
+    sessions.delete("tenant", "a")
+    assert list(store.entries()) == []
+
+
 def test_sessions_expire(store: Store) -> None:
     sessions = sessions_of(store, ttl_s=100)
     clock: Any = sessions.clock
@@ -323,7 +351,7 @@ def test_what_a_killed_process_left_is_swept(store: Store) -> None:
     clock: Any = sessions.clock
     grown(sessions, 1)
     key = sessions.load("tenant", "a").record.session
-    store.put("ff/00000001", b"a version whose session was deleted meanwhile", None)
+    store.put(f"{'f' * 64}/00000001", b"a version whose session was deleted meanwhile", None)
     store.put(f"{key}/00000001", b"a version that was kept, before the commit was killed", None)
     assert sessions.sweep() == 0
     assert len(list(store.entries())) == 4
@@ -333,6 +361,32 @@ def test_what_a_killed_process_left_is_swept(store: Store) -> None:
     sessions.commit(sessions.load("tenant", "a"), position(2, 6))
     assert sessions.rewind("tenant", "a", 1).version == 3
     assert same(sessions.load("tenant", "a").record.position, position(1, 3))
+
+
+@pytest.mark.parametrize("uri", ["directory", "s3"], indirect=True)
+def test_what_lies_beside_the_sessions_is_neither_swept_nor_counted(store: Store, uri: str) -> None:
+    key = "a" * 64
+    names = ["gpt2/config.json", "checkpoints/step-8/head", "ab/head", f"{key}/notes", f"{key}/0000001", f"x{key}/head"]
+    if uri.startswith("s3://"):
+        import boto3
+
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        for name in names:
+            boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"a model")
+    else:
+        for name in names:  # where entries would find them
+            path = Path(uri) / name[:2] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"a model")
+    sessions = sessions_of(store, max_sessions=1, ttl_s=100)
+    clock: Any = sessions.clock
+    sessions.create("tenant", "a")
+    clock.ahead_s = 10_000
+    assert sessions.sweep() == 1
+    assert {name for name in names if store.get(name) == (b"a model", getattr(store.get(name), "tag", ""))} == set(
+        names
+    )
+    sessions.create("tenant", "b")  # there is room for it
 
 
 def test_a_full_store_takes_no_session_until_there_is_room(store: Store) -> None:
@@ -349,6 +403,47 @@ def test_a_full_store_takes_no_session_until_there_is_room(store: Store) -> None
     clock.ahead_s = 2000
     sessions.create("tenant", "d")  # the others have expired
     assert len(list(store.entries())) == 1
+
+
+def test_of_many_that_are_made_at_once_as_many_succeed_as_there_is_room_for() -> None:
+    sessions = sessions_of(open_store("memory:"), max_sessions=3)
+    barrier = threading.Barrier(MANY)
+    made: list[int] = []
+
+    def make(i: int) -> None:
+        barrier.wait()
+        for n in range(20):
+            with contextlib.suppress(RequestError):  # the store is full
+                sessions.create("tenant", f"{i} {n}")
+                made.append(i)
+                assert sum(entry.name.endswith("/head") for entry in sessions.store.entries()) <= 3
+                sessions.delete("tenant", f"{i} {n}")
+
+    with ThreadPoolExecutor(MANY) as threads:
+        list(threads.map(make, range(MANY)))
+    assert made
+    clock: Any = sessions.clock
+    clock.ahead_s = 60  # what was uncertain is counted again
+    for n in range(3):
+        sessions.create("tenant", f"{n}")
+    refused("store_full", sessions.create, "tenant", "3")
+
+
+def test_the_store_is_not_counted_again_for_each_change() -> None:
+    class Counting(MemoryStore):
+        num_scans = 0
+
+        def entries(self, group: str | None = None) -> Iterator[Entry]:
+            self.num_scans += group is None
+            return super().entries(group)
+
+    store = Counting()
+    sessions = sessions_of(store, max_sessions=1)
+    for _ in range(5):
+        sessions.create("tenant", "a")
+        refused("store_full", sessions.create, "tenant", "b")
+        sessions.delete("tenant", "a")
+    assert store.num_scans == 3  # one, and when there was no room a sweep and another
 
 
 def test_bytes_are_limited_too(store: Store) -> None:

@@ -334,6 +334,61 @@ def test_a_limit_takes_the_first_and_shards_share_an_output(
     assert (code, "limit 11 there, 12 asked for" in err) == (2, True)
 
 
+@pytest.mark.parametrize("kind", ["directory", "s3"])
+def test_commands_that_begin_a_job_together_go_on_with_one_plan(
+    in_process: None,
+    model: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    kind: str,
+) -> None:
+    lines = write_lines(tmp_path / "in.jsonl", [{"text": text(i, 9), "id": str(i)} for i in range(30)])
+    output = tmp_path / "out" if kind == "directory" else f"{request.getfixturevalue('s3_bucket')}/together"
+    given = ["--model", model, "--input", lines, "--output", output, "--max-new-tokens", 2]
+    plan = planning.make_plan
+    other: list[int] = []
+
+    def slow(*args: Any) -> planning.Plan:
+        """While this command has planned, and before it says so, another one does all of its work."""
+        made = plan(*args)
+        monkeypatch.setattr(summarise, "make_plan", plan)
+        words = [*given, "--shard", "1/2", "--batch-size", 2, "--num-workers", 3]
+        other.append(summarise.main([str(word) for word in words]))
+        return made
+
+    monkeypatch.setattr(summarise, "make_plan", slow)
+    code, result, err = run(capfd, *given, "--shard", "0/2", "--batch-size", 7)
+    assert (code, *other) == (0, 0), err
+    assert (result["num_ok"], result["num_pending"]) == (30, 0)
+    assert [row["doc_id"] for row in rows_of(output)] == [str(i) for i in range(30)]
+    assert len([name for name in storage.list_names(str(output)) if name.startswith("plan-")]) == 1
+
+
+def test_a_job_that_another_command_has_begun_meanwhile_otherwise_is_refused(
+    in_process: None,
+    model: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = write_lines(tmp_path / "in.jsonl", [{"text": text(i, 9), "id": str(i)} for i in range(3)])
+    given = ["--model", model, "--input", lines, "--output", tmp_path / "out", "--max-new-tokens"]
+    plan = planning.make_plan
+
+    def slow(*args: Any) -> planning.Plan:
+        made = plan(*args)
+        monkeypatch.setattr(summarise, "make_plan", plan)
+        assert summarise.main([str(word) for word in (*given, 2)]) == 0
+        return made
+
+    monkeypatch.setattr(summarise, "make_plan", slow)
+    code, _, err = run(capfd, *given, 3)
+    assert (code, "holds other summaries" in err) == (2, True)
+    assert len(rows_of(tmp_path / "out")) == 3
+
+
 def test_what_failed_is_tried_again_when_asked_and_nothing_else_is(
     in_process: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,7 +416,8 @@ def test_what_failed_is_tried_again_when_asked_and_nothing_else_is(
     code, again, err = run(capfd, *given)
     assert (code, again, "nothing to do" in err) == (0, result, True)
     same = {name for name, time in parts.items() if (tmp_path / "out" / name).stat().st_mtime_ns == time}
-    assert same == {"plan-00000.parquet", "summaries-00000.parquet", "summaries-00002.parquet"}
+    (plan,) = (name for name in parts if name.startswith("plan-"))
+    assert same == {plan, "summaries-00000.parquet", "summaries-00002.parquet"}
 
 
 def test_batch_requests_get_result_lines(
@@ -438,7 +494,7 @@ def test_a_plan_takes_no_more_memory_for_more_documents(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert plan.numbers.num_documents == count
-        assert len(ledger.entries(plan.numbers.num_blocks - 1)) > 0
+        assert len(Ledger(ledger.output, plan.name).entries(plan.numbers.num_blocks - 1)) > 0
     assert peaks[1] < 1.1 * peaks[0]
 
 
@@ -459,7 +515,7 @@ def test_from_s3_to_s3_as_a_command(s3_bucket: str, model: str) -> None:
         storage.write_bytes(f"{place}/model/{path.name}", path.read_bytes())
     storage.write_bytes(f"{place}/in/a.txt", TEXTS["a"].encode())
     storage.write_bytes(f"{place}/in/b.jsonl", b'{"text": "b"}\n{}\n')
-    for name in ("plan-00000.parquet", "SHA256SUMS"):  # of a plan that was cut off
+    for name in (f"plan-{'0' * 16}-00000.parquet", "SHA256SUMS"):  # of a plan that was cut off
         storage.write_bytes(f"{place}/out/{name}", b"")
     args = ("--model", f"{place}/model", "--input", f"{place}/in", f"{place}/gone.txt", "--output", f"{place}/out")
     process = start(*args, *NEW)

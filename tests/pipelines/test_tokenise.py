@@ -1,15 +1,20 @@
 """Tokenizers give texts back exactly, and say where bytes are no text."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer, Tokenizer, encode_chunks, load_tokenizer
+from pipelines.serving.chat import load_chat_format
+from pipelines.serving.openai_schema import Message
 
 HARD_TEXTS = [
     "",
@@ -98,6 +103,28 @@ def test_a_saved_tokenizer_is_the_same(bpe_directory: Path, tmp_path: Path) -> N
     assert second.fingerprint == first.fingerprint
     assert (second.eos_id, second.vocab_size) == (first.eos_id, first.vocab_size)
     assert first.eos_id == 0  # the one that tokenizer_config.json names
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_saved_tokenizer_keeps_how_its_model_chats(bpe_directory: Path, tmp_path: Path, place: str) -> None:
+    turn = "<{{ message.role }}>{{ message.content }}{{ eos_token }}"
+    template = "{{ bos_token }}{% for message in messages %}" + turn + "{% endfor %}"
+    given = tmp_path / "given"
+    config: dict[str, Any] = {"eos_token": {"content": "<stop>"}, "bos_token": "<eos>"}
+    shutil.copytree(bpe_directory, given)
+    if place == "chat_template.jinja":
+        (given / place).write_text(template)
+    else:
+        config["chat_template"] = template
+    (given / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(str(given)).save_pretrained(tmp_path / "store")  # as prepare does, and then train
+    load_tokenizer(str(tmp_path / "store")).save_pretrained(tmp_path / "model")
+    said = [Message(role="user", content="Hi")]
+    assert load_chat_format(str(tmp_path / "model")).prompt(said) == "<eos><user>Hi<stop>"
+    assert load_tokenizer(str(tmp_path / "model")).fingerprint == load_tokenizer(str(bpe_directory)).fingerprint
+    standard = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert standard.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<eos><user>Hi<stop>"
+    assert len(standard) == load_tokenizer(str(given)).vocab_size
 
 
 def test_nothing_is_truncated_padded_or_put_before(bpe_directory: Path) -> None:

@@ -52,16 +52,21 @@ def strategy(monkeypatch: pytest.MonkeyPatch) -> Counting:
 def ledger_of(folder: Path, count: int, block_len: int) -> Ledger:
     lines = [json.dumps({"text": "x" * (n + 1), "id": f"d{n}"}) for n in range(count)]
     (folder / "in.jsonl").write_text("\n".join(lines))
-    ledger = Ledger(str(folder / "out"))
+    return planned(folder, block_len)
+
+
+def planned(folder: Path, block_len: int) -> Ledger:
+    output = str(folder / "out")
     files = storage.expand([str(folder / "in.jsonl")], (".jsonl",))
-    planning.make_plan(ledger, files, planning.Wishes(None, block_len, 2, 1))
-    return ledger
+    plan = planning.make_plan(Ledger(output), files, planning.Wishes(None, block_len, 2, 1))
+    return Ledger(output, plan.name)
 
 
 def worker_on(ledger: Ledger, attempt: int = 1) -> BlockWorker:
     style = Style(5, rmt_core.Sampling(), 0)
     settings = Settings("m", "memory", "", style, 2, None, "cpu")
-    return BlockWorker(settings, Work(ledger.output, "model", "settings", 4, attempt))
+    assert ledger.plan is not None
+    return BlockWorker(settings, Work(ledger.output, ledger.plan, "model", "settings", 4, attempt))
 
 
 def rows(ledger: Ledger, block: int = 0) -> list[dict[str, Any]]:
@@ -111,6 +116,56 @@ def test_a_long_document_that_is_read_on_each_time_is_no_killer(tmp_path: Path, 
             worker_on(ledger).run(0, committed=False)
     strategy.deadly = set()
     assert worker_on(ledger).run(0, committed=False).num_ok == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after", "summaries"),
+    [
+        (["a", None, "ccc"], ["a", "bb", "ccc"], ["1", "2", "3"]),  # mended where it was
+        (["a", None, "ccc"], ["a", "ccc"], ["1", None, "3"]),
+        (["a", None, "ccc"], ["bb", "a", "ccc"], ["1", None, "3"]),
+        (["a", None, "ccc", None, "eeeee"], ["a", "ccc", "dddd", "eeeee"], ["1", None, "3", None, "5"]),
+        (["a", None, "ccc", None, "eeeee"], ["a", "bb", "ccc", "dddd", "eeeee"], ["1", "2", "3", "4", "5"]),
+    ],
+)
+def test_lines_that_have_moved_are_not_taken_for_what_failed(
+    tmp_path: Path,
+    strategy: Counting,
+    before: list[str | None],
+    after: list[str | None],
+    summaries: list[str | None],
+    named: bool,
+) -> None:
+    path, blocks = tmp_path / "in.jsonl", range((len(before) + 1) // 2)
+    write(path, before, named=named)
+    ledger = planned(tmp_path, 2)
+    for block in blocks:
+        worker_on(ledger).run(block, committed=False)
+    write(path, after, named=named)
+    for block in blocks:
+        worker_on(ledger, attempt=2).run(block, committed=True)
+    found = [row for block in blocks for row in rows(ledger, block)]
+    assert [row["summary"] for row in found] == summaries
+    moved = {row["error"] for row in found if row["status"] == "error"}
+    assert all(reason.startswith("the file has changed") for reason in moved)
+
+
+def test_what_was_mended_before_is_not_taken_again_from_another_line(tmp_path: Path, strategy: Counting) -> None:
+    path = tmp_path / "in.jsonl"
+    write(path, ["a", None, None, "dddd"], named=True)
+    ledger = planned(tmp_path, 2)
+    for attempt, texts in enumerate((["a", None, None, "dddd"], ["a", "bb", None, "dddd"], ["a", "x", "bb"]), 1):
+        write(path, texts, named=True)
+        for block in range(2):
+            worker_on(ledger, attempt).run(block, committed=attempt > 1)
+    assert [row["summary"] for block in range(2) for row in rows(ledger, block)] == ["1", "2", None, "4"]
+
+
+def write(path: Path, texts: list[str | None], *, named: bool) -> None:
+    """Lines of documents, with ids of their own or without; None is no JSON."""
+    lines = [json.dumps({"text": text, **({"id": text} if named else {})}) if text else "not JSON" for text in texts]
+    path.write_text("\n".join(lines))
 
 
 def test_another_model_than_the_jobs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

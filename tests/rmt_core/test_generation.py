@@ -215,6 +215,8 @@ LOGITS = torch.tensor([0.3, 0.05, 0.5, 0.15]).log().tolist()
         (Sampling(temperature=1.0, top_p=0.5 - 1e-6), shares(0, 0, 1, 0)),
         (Sampling(temperature=1.0, top_p=1e-9), shares(0, 0, 1, 0)),
         (Sampling(temperature=0.5, top_p=0.93), shares(0.3**2, 0, 0.5**2, 0)),
+        (Sampling(temperature=1e-310), shares(0, 0, 1, 0)),
+        (Sampling(temperature=5e-324, top_p=0.9), shares(0, 0, 1, 0)),
         (Sampling(), shares(0, 0, 1, 0)),
     ],
 )
