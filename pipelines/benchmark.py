@@ -6,6 +6,8 @@
     python pipelines/benchmark.py memory
     python pipelines/benchmark.py ingest
     python pipelines/benchmark.py summarise
+    python pipelines/benchmark.py serve
+    python pipelines/benchmark.py serve_http
     python pipelines/benchmark.py train
 
 `core` measures a recurrent step against Hugging Face's own forward, and how streamed inference grows with the
@@ -14,6 +16,9 @@ and time per token against a cache of keys and values, and the orders in which s
 `ingest` measures `prepare` against its tokenizer alone, against `datasets.map`, and on two workers against one. `train`
 measures the training job against a bare loop, two workers against one, checkpoints, and the memory of ZeRO's stages.
 `summarise` kills a batch of documents half-way and counts what is lost and what is doubled, beside a plain loop.
+`serve` measures sessions that write side by side against one at a time and against Hugging Face's `generate`, what
+keeping one takes, as a record and in a directory, and a prefix that was read before; `serve_http` writing side by side
+over HTTP.
 A table goes to stderr, one JSON object to stdout. Exit code 1: a full run missed a promise. `core` and `memory` need
 what `rmt_core` needs and nothing else, so that they run on a bare machine with an accelerator.
 """

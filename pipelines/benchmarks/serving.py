@@ -3,9 +3,11 @@
 Axes: V vocabulary.
 """
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,12 @@ from transformers import LlamaConfig
 import rmt_core
 from pipelines.serving import records
 from pipelines.serving.engine import Engine, Settings
-from pipelines.serving.records import Record, Result, digest_of, hashed
+from pipelines.serving.readers import Position
+from pipelines.serving.records import KEPT_RESULTS, Record, Result, digest_of, hashed
 from pipelines.serving.requests import Failed, Request
+from pipelines.serving.serve_config import ServeConfig
+from pipelines.serving.sessions import Limits, Sessions
+from pipelines.serving.store_directory import DirectoryStore
 from rmt_core import RecurrentModel
 from rmt_core.state import leaves
 
@@ -23,10 +29,11 @@ from .measuring import RMT, VOCAB, Job, build, compared, random_tokens, take_tur
 
 MIN_BATCHING = 4.0  # times the throughput of one session at a time
 MIN_SESSIONS = {"rmt": 1000.0, "armt": 40.0}  # times those of the same bytes of keys and values
-MAX_OVERHEAD = 0.05  # of a record, to its state's bytes
+MAX_OVERHEAD = 0.05  # of a record, and of a store of it, to its state's bytes
 MIN_PREFIX = 50.0  # times sooner to the first token
 KV_TOKENS = 32_768
 FLOAT_BYTES = 4
+_COMMITS = 6  # of a session whose store is looked at
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def batching(sizes: Sizes, device: str) -> dict[str, Any]:
     works: dict[str, Callable[[], object]] = {
         "together": together,
         "alone": alone,
-        "hugging_face": partial(_hugging_face, model, prompts, sizes.num_new),
+        "hugging_face": partial(hugging_face, model, prompts, sizes.num_new),
     }
     for work in works.values():  # kernels, and which batch sizes agree
         work()
@@ -130,7 +137,7 @@ def answers(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     return [reader.written for reader in readers]
 
 
-def _hugging_face(model: RecurrentModel, prompts: Sequence[Sequence[int]], num_new: int) -> None:
+def hugging_face(model: RecurrentModel, prompts: Sequence[Sequence[int]], num_new: int) -> None:
     """The plain backbone, which has no memory, one prompt after the other with its cache of keys and values."""
     lm: Any = model.backbone.lm
     for prompt in prompts:
@@ -158,6 +165,7 @@ def storing(sizes: Sizes) -> dict[str, Any]:
         cache_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * KV_TOKENS
         cache_bytes *= FLOAT_BYTES
         state_bytes, overhead = _record_bytes(model)
+        in_store = _store_overhead(model)
         found[kind] = {
             "state_bytes": state_bytes,
             "cache_bytes": cache_bytes,
@@ -165,13 +173,15 @@ def storing(sizes: Sizes) -> dict[str, Any]:
             "caches_per_gb": 10**9 / cache_bytes,
             "sessions_to_caches": cache_bytes / state_bytes,
             "record_overhead_fraction": overhead / state_bytes,
+            "store_overhead_fraction": in_store / state_bytes,
         }
         tell(
             f"{kind:>30} {state_bytes} bytes of state, {cache_bytes / state_bytes:.0f} x as many sessions as caches of "
-            f"{KV_TOKENS} tokens; record {overhead / state_bytes:+.2%}"
+            f"{KV_TOKENS} tokens; record {overhead / state_bytes:+.2%}, in a directory {in_store / state_bytes:+.2%}"
         )
     promises = {f"sessions_{kind}": found[kind]["sessions_to_caches"] >= least for kind, least in MIN_SESSIONS.items()}
-    promises["record_overhead"] = all(each["record_overhead_fraction"] <= MAX_OVERHEAD for each in found.values())
+    for what in ("record", "store"):
+        promises[f"{what}_overhead"] = all(each[f"{what}_overhead_fraction"] <= MAX_OVERHEAD for each in found.values())
     return {**found, "promises": promises}
 
 
@@ -194,17 +204,44 @@ def _stored_model(sizes: Sizes, kind: str) -> RecurrentModel:
 
 def _record_bytes(model: RecurrentModel) -> tuple[int, int]:
     """Of a session that has read and written: the state's bytes, and the record's beyond those of state and tokens."""
+    position, result = _read_and_written(model)
+    record = Record(hashed("session") * 2, 1, position, 1.7e9, (result,))
+    state_bytes = sum(leaf.nbytes for leaf in leaves(position.state))
+    data = records.to_bytes(record, rmt_core.fingerprint(model))
+    return state_bytes, len(data) - state_bytes - _token_bytes(position, [result])
+
+
+def _store_overhead(model: RecurrentModel) -> int:
+    """Bytes of a directory that holds one session after some commits, kept as `serve` does if not told otherwise.
+
+    Beyond those of its state and tokens: whatever else is kept of it, earlier versions too, is overhead.
+    """
+    position, result = _read_and_written(model)
+    limits = Limits(kept_versions=ServeConfig.model_fields["kept_versions"].default)
+    with tempfile.TemporaryDirectory(prefix="rmt-") as directory:
+        store = DirectoryStore(directory)
+        sessions = Sessions(store, position, fingerprint=rmt_core.fingerprint(model), limits=limits)
+        sessions.create("tenant", "session")
+        for _ in range(_COMMITS):
+            sessions.commit(sessions.load("tenant", "session"), position, result)
+        num_bytes = sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+    state_bytes = sum(leaf.nbytes for leaf in leaves(position.state))
+    return num_bytes - state_bytes - _token_bytes(position, [result] * min(_COMMITS, KEPT_RESULTS))
+
+
+def _read_and_written(model: RecurrentModel) -> tuple[Position, Result]:
+    """Where a session stands that has read and written, and what it was answered."""
     engine = _engine(model)
     request = Request(random_tokens(1, model.segment_len + 7, "cpu")[0].tolist(), 4, request_id="r")
     reader = engine.add(request)
     while engine.busy:
         engine.step()
-    position = reader.position()
     result = Result(hashed("r"), digest_of(request), tuple(reader.written), reader.done())
-    record = Record(hashed("session") * 2, 1, position, 1.7e9, (result,))
-    state_bytes = sum(leaf.nbytes for leaf in leaves(position.state))
-    token_bytes = 4 * (len(position.open_tokens) + len(reader.written))
-    return state_bytes, len(records.to_bytes(record, engine.fingerprint)) - state_bytes - token_bytes
+    return reader.position(), result
+
+
+def _token_bytes(position: Position, results: Sequence[Result]) -> int:
+    return 4 * (len(position.open_tokens) + sum(len(result.tokens) for result in results))
 
 
 # --- prefix -----------------------------------------------------------------------------------------

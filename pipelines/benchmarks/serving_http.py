@@ -1,6 +1,8 @@
 """What batching gains over HTTP: sessions that write at the same time against the same server one at a time.
 
-The server is a process of its own, with the whole application but for Ray's proxy, which both ways would pass alike.
+Sessions are made, have a text appended and then write, all through a store in a directory; completions, which need no
+store, and Hugging Face's own `generate` in this process are measured beside them. The server is a process of its own,
+with the whole application but for Ray's proxy, which both ways would pass alike.
 """
 
 import http.client
@@ -8,13 +10,14 @@ import json
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import uvicorn
@@ -30,9 +33,10 @@ from pipelines.serving.front import Front
 from pipelines.serving.serve_config import ServeConfig
 from pipelines.serving.service import Service
 from pipelines.serving.sessions import Sessions
-from pipelines.serving.store_memory import MemoryStore
+from pipelines.serving.store_directory import DirectoryStore
 
 from .measuring import RMT, Job, compared, tell
+from .serving import hugging_face
 
 MIN_BATCHING = 4.0  # times the throughput of one session at a time
 _WAIT_S = 120.0
@@ -59,39 +63,56 @@ def sizes(device: str, quick: bool) -> Sizes:
     return QUICK if quick else Sizes()
 
 
+class Answer(NamedTuple):
+    """What the server wrote."""
+
+    text: str
+    num_tokens: int
+
+
 def serve_http(job: Job) -> dict[str, Any]:
-    """Throughput together and alone, with equal texts."""
+    """Throughput together and alone, with equal texts of as many tokens."""
     sizes: Sizes = job.sizes
     prompts = ["".join(chr(97 + (i * j) % 26) for j in range(sizes.num_prompt)) for i in range(sizes.num_sessions)]
-    written: dict[str, list[str]] = {}
+    written: dict[str, list[Answer]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(sizes.num_sessions) as clients:
         model = _model(sizes, job.device)
         rmt_core.save(folder, model)
         with _server(folder, sizes, job.device) as port:
 
-            def together() -> None:
-                written["together"] = list(clients.map(lambda prompt: _ask(port, prompt, sizes.num_new), prompts))
+            def work(name: str, ask: Callable[[int, str, int], Answer], each: Callable[..., Iterable[Answer]]) -> None:
+                written[name] = list(each(lambda prompt: ask(port, prompt, sizes.num_new), prompts))
 
-            def alone() -> None:
-                written["alone"] = [_ask(port, prompt, sizes.num_new) for prompt in prompts]
-
-            together()  # kernels, and which batch sizes agree
-            alone()
-            taken = _take_turns({"together": together, "alone": alone}, sizes.repeats)
-    to_alone = compared(taken["alone"], taken["together"])
+            bytes_ = ByteTokenizer()
+            tokens = [bytes_.encode(prompt).tolist() for prompt in prompts]
+            works: dict[str, Callable[[], object]] = {
+                f"{kind}_{name}": partial(work, f"{kind}_{name}", ask, each)
+                for kind, ask in (("sessions", _ask_session), ("completions", _ask))
+                for name, each in (("together", clients.map), ("alone", map))
+            }
+            works["hugging_face"] = partial(hugging_face, model, tokens, sizes.num_new)
+            for each in works.values():  # kernels, and which batch sizes agree
+                each()
+            taken = _take_turns(works, sizes.repeats)
     num_written = sizes.num_sessions * sizes.num_new
     for name, times in taken.items():
-        tell(f"{name:>30} {num_written / min(times):>9.1f} tokens a second over HTTP")
+        tell(f"{name:>30} {num_written / min(times):>9.1f} tokens a second")
+    ratios = {
+        "sessions_to_alone": compared(taken["sessions_alone"], taken["sessions_together"]),
+        "completions_to_alone": compared(taken["completions_alone"], taken["completions_together"]),
+        "sessions_to_hugging_face": compared(taken["hugging_face"], taken["sessions_together"]),
+    }
+    wanted = [Answer(text, sizes.num_new) for text in _wanted(model, prompts, sizes.num_new)]
     promises = {
-        "batching_over_http": to_alone.ratio >= MIN_BATCHING,
-        "texts_are_those_alone": written["together"] == written["alone"] == _wanted(model, prompts, sizes.num_new),
+        "batching_over_http": ratios["sessions_to_alone"].ratio >= MIN_BATCHING,
+        "texts_are_those_alone": all(found == wanted for found in written.values()),
     }
     for promise, kept in promises.items():
         tell(f"{promise:>30} {'not judged' if job.quick else 'kept' if kept else 'MISSED'}")
     return {
         "promises": promises,
         "tokens_per_s": {name: num_written / min(times) for name, times in taken.items()},
-        "to_alone": to_alone._asdict(),
+        **{name: ratio._asdict() for name, ratio in ratios.items()},
     }
 
 
@@ -126,19 +147,32 @@ def _wanted(model: rmt_core.RecurrentModel, prompts: Sequence[str], num_new: int
     return [bytes_.decode(row) for row in tokens]
 
 
-def _ask(port: int, prompt: str, num_new: int) -> str:
+def _ask(port: int, prompt: str, num_new: int) -> Answer:
     """What the server writes after a prompt."""
     body = {"model": "m", "prompt": prompt, "max_tokens": num_new, "temperature": 0, "ignore_eos": True}
+    found = _post(port, "/v1/completions", body)
+    return Answer(found["choices"][0]["text"], found["usage"]["completion_tokens"])
+
+
+def _ask_session(port: int, prompt: str, num_new: int) -> Answer:
+    """What a session writes that has read a prompt."""
+    path = f"/v1/sessions/{_post(port, '/v1/sessions', {})['id']}"
+    _post(port, f"{path}/append", {"text": prompt})
+    found = _post(port, f"{path}/generate", {"max_tokens": num_new, "ignore_eos": True})
+    return Answer(found["text"], found["usage"]["completion_tokens"])
+
+
+def _post(port: int, path: str, body: Mapping[str, object]) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_WAIT_S)
     try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()
         content = json.loads(answer.read())
     finally:
         connection.close()
-    if answer.status != 200:
+    if answer.status >= 300:
         raise RuntimeError(f"the server answered {answer.status}: {content['error']['message']}")
-    return content["choices"][0]["text"]
+    return content
 
 
 @contextmanager
@@ -162,8 +196,8 @@ def _serve(folder: str, sizes: Sizes, device: str, started: Connection) -> None:
     model, bytes_ = rmt_core.load(folder, device), ByteTokenizer()
     settings = Settings(num_slots=sizes.num_sessions, prefix_bytes=0)
     engine = Engine(model, settings, fingerprint=rmt_core.fingerprint(model), tokenizer=bytes_)
-    sessions = Sessions(MemoryStore(), engine.start(), fingerprint=engine.fingerprint)
-    config = build(ServeConfig, {"model": folder, "model_name": "m", "store": "memory:"})
+    sessions = Sessions(DirectoryStore(f"{folder}/sessions"), engine.start(), fingerprint=engine.fingerprint)
+    config = build(ServeConfig, {"model": folder, "model_name": "m"})
     app = create_app(Front(Service(engine, sessions), bytes_, config, ChatFormat(None)), None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         started.send(listener.getsockname()[1])  # connections wait until it accepts them

@@ -48,7 +48,7 @@ def build_front(config: ServeConfig) -> Front:
         server_key=secrets.token_bytes(32),
     )
     engine = Engine(model, settings, fingerprint=fingerprint, tokenizer=tokenizer)
-    limits = Limits(ttl_s=config.session_ttl_s, max_sessions=config.max_sessions)
+    limits = Limits(config.session_ttl_s, config.max_sessions, kept_versions=config.kept_versions)
     sessions = Sessions(open_store(config.store), engine.start(), fingerprint=fingerprint, limits=limits)
     service = Service(engine, sessions, max_requests=config.max_requests)
     return Front(service, tokenizer, config, load_chat_format(storage.absolute(config.model)))

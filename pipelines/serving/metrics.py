@@ -11,7 +11,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 
 
 class Metrics:
-    """Of one replica; a registry of its own, so that several may live in one process."""
+    """Of one replica, which `rmt_process_id` names; a registry of its own, so that several may live in one process."""
 
     def __init__(self, service: Service) -> None:
         self._registry = registry = CollectorRegistry()

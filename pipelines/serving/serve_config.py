@@ -27,6 +27,9 @@ class ServeConfig(Config):
         604_800.0, gt=0, description="seconds after its last change that a session is kept; none: for ever"
     )
     max_sessions: int | None = pydantic.Field(100_000, ge=1, description="sessions in the store, of all tenants")
+    kept_versions: int = pydantic.Field(
+        0, ge=0, description="earlier versions of a session that a fork may begin at, each as large as the session"
+    )
     device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where a replica's model is: cpu or cuda")
     replica_cpus: float = pydantic.Field(1.0, ge=0, description="cores that a replica reserves")
     min_replicas: int = pydantic.Field(1, ge=1, description="replicas, each with the model, at least")

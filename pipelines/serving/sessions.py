@@ -33,7 +33,7 @@ class Limits:
     ttl_s: float | None = None  # since a session's last change; then it is gone
     max_sessions: int | None = None
     max_bytes: int | None = None  # of all records; checked when a session is made
-    kept_versions: int = 4  # earlier versions of each session that it can return to
+    kept_versions: int = 0  # earlier versions of each session that it can return to, each as large as the session
 
 
 class Info(NamedTuple):

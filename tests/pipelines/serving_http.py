@@ -49,7 +49,7 @@ def make_app(
         store if store is not None else MemoryStore(),
         engine.start(),
         fingerprint=engine.fingerprint,
-        limits=Limits(ttl_s=config.session_ttl_s, max_sessions=config.max_sessions),
+        limits=Limits(config.session_ttl_s, config.max_sessions, kept_versions=config.kept_versions),
     )
     service = Service(engine, sessions, max_requests=config.max_requests)
     front = Front(service, BYTES, config, chat or ChatFormat(None))

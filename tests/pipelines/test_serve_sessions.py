@@ -78,8 +78,18 @@ def test_a_fork_goes_its_own_way(server: Running) -> None:
     assert generated(server, "a-fork", prompt="!")["text"] == written(f"{TEXT}!".encode(), 9)
     assert generated(server, session)["text"] == written(TEXT.encode(), 9)
     assert server.http.post(f"/v1/sessions/{session}/fork", json={"id": "a-fork"}).status_code == 409
-    again = server.http.post(f"/v1/sessions/{session}/fork", json={"version": 0}).json()
-    assert (again["num_tokens"], again["version"]) == (0, 0)
+    assert server.http.post(f"/v1/sessions/{session}/fork", json={"version": 1}).status_code == 400  # not kept
+
+
+def test_a_fork_may_begin_at_a_version_that_is_kept() -> None:
+    with running(kept_versions=1) as server:
+        session = new_session(server)
+        for _ in range(2):
+            server.http.post(f"/v1/sessions/{session}/append", json={"text": TEXT}).raise_for_status()
+        assert server.http.get(f"/v1/sessions/{session}").json()["kept_versions"] == [1]
+        fork = server.http.post(f"/v1/sessions/{session}/fork", json={"id": "earlier", "version": 1}).json()
+        assert (fork["num_tokens"], fork["version"]) == (len(TEXT.encode()), 0)
+        assert generated(server, "earlier")["text"] == written(TEXT.encode(), 9)
 
 
 def test_a_request_sent_again_has_its_first_result_also_without_a_seed(server: Running) -> None:

@@ -102,6 +102,7 @@ def same(a: Position, b: Position) -> bool:
 
 
 def sessions_of(store: Store, **limits: Any) -> Sessions:
+    limits = {"kept_versions": 4, **limits}
     return Sessions(store, position(), fingerprint="model", limits=Limits(**limits), clock=Clock())
 
 
