@@ -21,7 +21,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -34,15 +34,16 @@ from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, canonical_json, run_job, split_commas
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import Figure, Material
+from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
-from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject, short_length
+from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
 from pipelines.tasks.running import Run, load, measure
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evaluate")
 
 TABLE, PLOT, PARTIAL = "results.md", "results.png", "config.partial.json"
 _OWN_NAME = re.compile(
-    r"\.?(metrics\.jsonl|results\.md|results\.png|config(\.partial)?\.json|run-[a-z0-9_]+-\d+-\d+\.json)"
+    r"\.?((metrics|costs)\.jsonl|results\.md|results\.png|config(\.partial)?\.json|run-[a-z0-9_]+-\d+-\d+\.json)"
     r"(\.[0-9a-f]{8}\.tmp)?|SHA256SUMS"
 )
 _RUN_NAME = re.compile(r"run-[a-z0-9_]+-\d+-\d+\.json")  # of a task, length and seed: figures kept until all are there
@@ -153,7 +154,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     lines = [_line(run, figure, subject) for run in runs for figure in kept[run]]
     content = {"format": FORMAT, "identity": identity, "config": config.model_dump(mode="json")}
     for name, data in (
-        (METRICS, "".join(canonical_json(line) + "\n" for line in lines).encode()),
+        (METRICS, _as_lines(line for line in lines if line["metric"] not in COSTS)),
+        (COST_LINES, _as_lines(line for line in lines if line["metric"] in COSTS)),
         (TABLE, report.markdown(subject, lines).encode()),
         (PLOT, report.plot(subject, lines)),
     ):
@@ -163,7 +165,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if name in (PARTIAL, "SHA256SUMS") or _RUN_NAME.fullmatch(name):  # checksums of what was there before
             storage.delete(storage.join(output, name))
     log.info("results in %s", storage.join(output, TABLE))
-    return _summary(output, lines)
+    return _summary(output, [line for line in lines if line["metric"] not in COSTS])
+
+
+def _as_lines(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(canonical_json(line) + "\n" for line in lines).encode()
 
 
 def _runs(config: EvaluateConfig, model_uri: str) -> list[Run]:

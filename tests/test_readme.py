@@ -110,9 +110,16 @@ def cluster(place: Place) -> Iterator[Head]:
 # --- the commands -----------------------------------------------------------------------------------
 
 
+# Commands that need none before them and that others need not: with the long tests.
+ALONE = ("benchmark.py", "s3://my-bucket", "train.py detect")
+
+
 @pytest.mark.parametrize(
     "piece",
-    [pytest.param(piece, marks=[pytest.mark.long] if "benchmark.py" in piece.text else []) for piece in PIECES],
+    [
+        pytest.param(piece, marks=[pytest.mark.long] if any(name in piece.text for name in ALONE) else [])
+        for piece in PIECES
+    ],
     ids=lambda piece: f"line {piece.line}",
 )
 def test_it_runs(piece: Piece, place: Place, s3_bucket: str, request: pytest.FixtureRequest) -> None:

@@ -17,6 +17,7 @@ from pipelines.tasks.cost import COSTS
 from pipelines.tasks.questions import AT_DEPTH
 from pipelines.tasks.report import (
     CONFIG,
+    COST_LINES,
     FORMAT,
     METRICS,
     Line,
@@ -171,7 +172,9 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
         raise InputError(f"{uri} is no finished evaluation; give directories written by evaluate")
     if metric == AT_DEPTH:
         raise InputError(f"--metric {AT_DEPTH}: evaluate draws it, as a heat map of one model")
-    lines = pooled([json.loads(line) for line in storage.read_bytes(storage.join(uri, METRICS)).splitlines()])
+    files = [name for name in (METRICS, COST_LINES) if storage.exists(storage.join(uri, name))]
+    written = [line for name in files for line in storage.read_bytes(storage.join(uri, name)).splitlines()]
+    lines = pooled([json.loads(line) for line in written])
     found = [line for line in lines if line["metric"] == metric]
     if not found:
         known = ", ".join(sorted(set(distinct(lines, "metric")) - {AT_DEPTH}))

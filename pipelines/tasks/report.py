@@ -20,7 +20,7 @@ from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, wilson_interva
 Line = Mapping[str, Any]
 
 FORMAT = "rmt-evaluation-1"  # of an evaluation's directory, as its configuration says
-METRICS, CONFIG = "metrics.jsonl", "config.json"  # of its files
+METRICS, COST_LINES, CONFIG = "metrics.jsonl", "costs.jsonl", "config.json"  # of its files
 
 UNITS = {
     "loss": "nats per token",

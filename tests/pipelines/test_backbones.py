@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rmt_core
@@ -61,29 +62,29 @@ def test_a_plan_brings_no_weights(places: tuple[str, str], monkeypatch: pytest.M
     assert planned["num_nodes_with_storage"] == 1
 
 
-def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(
-    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"LOCAL_RANK": "0", "NODE_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with brought(config(places[1])) as at_hand:
-            folder = Path(str(at_hand.model.backbone))
-            assert worker._shared(at_hand) == at_hand
-            setup = worker.set_up(at_hand)
-        assert not folder.exists()
-        run = worker.start_run(setup, None)
-        before = setup.model.backbone.lm.get_input_embeddings().weight.clone()
-        run.advance()
-        run.write(tmp_path / "saved")
-        run.lanes.close()
-    finally:
-        torch.distributed.destroy_process_group()
-    saved = rmt_core.load(tmp_path / "saved" / "model")
+def train_what_was_brought(rank: int, places: tuple[str, str], tmp_path: Path) -> None:
+    """A process of its own: DeepSpeed knows one process group in all."""
+    os.environ.update(LOCAL_RANK="0", NODE_RANK="0", RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=1)
+    with brought(config(places[1])) as at_hand:
+        folder = Path(str(at_hand.model.backbone))
+        assert worker._shared(at_hand) == at_hand
+        setup = worker.set_up(at_hand)
+    assert not folder.exists()
+    run = worker.start_run(setup, None)
+    before = setup.model.backbone.lm.get_input_embeddings().weight.clone()
+    run.advance()
+    run.write(tmp_path / "saved")
+    run.lanes.close()
+    torch.distributed.destroy_process_group()
     brought_weights = LlamaForCausalLM.from_pretrained(places[0]).get_input_embeddings().weight
     assert torch.equal(before, brought_weights)
-    assert not torch.equal(saved.backbone.lm.get_input_embeddings().weight, before)
+
+
+def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(places: tuple[str, str], tmp_path: Path) -> None:
+    multiprocessing.spawn(train_what_was_brought, args=(places, tmp_path), nprocs=1)  # type: ignore[attr-defined]
+    saved = rmt_core.load(tmp_path / "saved" / "model").backbone.lm.get_input_embeddings().weight
+    assert not torch.equal(saved, LlamaForCausalLM.from_pretrained(places[0]).get_input_embeddings().weight)
 
 
 def test_workers_of_a_machine_read_what_its_first_one_brought(monkeypatch: pytest.MonkeyPatch) -> None:

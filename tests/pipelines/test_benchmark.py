@@ -183,7 +183,7 @@ def test_the_exponent_is_that_of_a_power_law() -> None:
     assert core.exponent(lengths, [0.2 * n for n in lengths]) == pytest.approx(1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_serve_http_runs_and_gives_the_librarys_texts(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["serve_http", "--quick"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -27,6 +27,7 @@ from pipelines.tasks.running import Run, load
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
+NAMES = ["config.json", "costs.jsonl", "metrics.jsonl", "results.md", "results.png"]  # of what it writes
 HERE = Material(BYTES, TextHeldOut("letters", "f", np.arange(97, 123)))
 PROSE = BOOK.read_text()[5000:7000]
 
@@ -76,11 +77,6 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_costs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures that are the same whenever they are measured."""
-    return [line for line in lines if line["metric"] not in COSTS]
-
-
 def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     local_ray: None, run: Callable[..., Command], model: Path, prose: Path, tmp_path: Path
 ) -> None:
@@ -100,23 +96,24 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
         for length in (64, 100)
         for figure in TASKS[task].measure(loaded, length, material)
     ]
-    costs = [line for line in lines if line["metric"] in COSTS]
+    costs = [json.loads(line) for line in (output / "costs.jsonl").read_text().splitlines()]
     assert [(line["task"], line["length"], line["metric"]) for line in costs] == [
         (task, length, metric) for task in ("perplexity", "recall") for length in (64, 100) for metric in COSTS
     ]
     assert all(line["value"] > 0 for line in costs)
-    for line, want in zip(without_costs(lines), wanted, strict=True):
+    for line, want in zip(lines, wanted, strict=True):
         assert line["state_floats"] == 3 * 32
         assert line["num_parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
         assert line["segment_len"] == 16
         assert line["seed"] == 7
         assert {key: line[key] for key in want} == {**want, "value": pytest.approx(want["value"], abs=1e-9)}
-    assert {line["memory"] for line in without_costs(lines)} == set(MEMORIES)
+    assert {line["memory"] for line in lines} == set(MEMORIES)
     assert result["output"] == str(output)
     assert result["metrics"] == [line for line in lines if "segment" not in line]
 
     assert sorted(path.name for path in output.iterdir()) == [
         "config.json",
+        "costs.jsonl",
         "metrics.jsonl",
         "results.md",
         "results.png",
@@ -143,10 +140,10 @@ def test_an_interrupted_run_is_done_again(
     storage.seal(tmp_path)
     words = ["--task", "recall", "--background", "noise", "--lengths", 64, "--num-samples", 1, "--output", tmp_path]
     result = run("--model", model, *words).result
-    found = without_costs(result["metrics"])
+    found = result["metrics"]
     assert [line["memory"] for line in found] == ["true", "zeroed"]  # one sample has no neighbour
     assert lines_of(tmp_path) == result["metrics"]
-    assert storage.list_names(str(tmp_path)) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
+    assert storage.list_names(str(tmp_path)) == NAMES
 
 
 def test_finished_runs_are_kept_and_only_the_rest_is_measured(
@@ -154,7 +151,7 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
 ) -> None:
     words = ["--task", "recall,sorting", "--background", "noise", "--lengths", "96,128", "--num-samples", 3]
     words += ["--seed", 4, "--seeds", 2, "--model", model]
-    wanted = without_costs(run(*words, "--output", tmp_path / "whole").result["metrics"])
+    wanted = run(*words, "--output", tmp_path / "whole").result["metrics"]
     measure, asked = evaluate._measure, []
 
     def broken(runs: list[Run], material: Material, keep: Callable[..., None]) -> dict[Run, list[Figure]]:
@@ -173,12 +170,12 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
     assert other.code == 2
     assert "unfinished evaluation made otherwise" in other.err[-1]
     monkeypatch.setattr(evaluate, "_measure", watched)
-    assert without_costs(run(*words, "--output", output).result["metrics"]) == wanted
+    assert run(*words, "--output", output).result["metrics"] == wanted
     assert len(asked) == 5
     assert {(line["task"], line["length"], line["seed"]) for line in wanted} == {
         (task, length, seed) for task in ("recall", "sorting") for length in (96, 128) for seed in (4, 5)
     }
-    assert storage.list_names(str(output)) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
+    assert storage.list_names(str(output)) == NAMES
 
 
 @pytest.mark.s3
@@ -194,7 +191,7 @@ def test_models_are_read_from_s3_and_results_written_there(
     result = run(*words).result
     lines = storage.read_bytes(f"{s3_bucket}/results/metrics.jsonl").decode().splitlines()
     assert [item for item in map(json.loads, lines) if "segment" not in item] == result["metrics"]
-    assert storage.list_names(result["output"]) == ["config.json", "metrics.jsonl", "results.md", "results.png"]
+    assert storage.list_names(result["output"]) == NAMES
     assert "nothing to do" in "\n".join(run(*words).err)
     with pytest.raises(InputError, match="nothing: there is no such directory"):
         load(f"{s3_bucket}/models/nothing")

@@ -92,6 +92,11 @@ def alone(engine: Engine, request: Request) -> list[int]:
     return outcome.tokens
 
 
+def further(kind: str) -> list[pytest.MarkDecorator]:
+    """Some kinds stand for all where a test takes seconds a kind; the others come with the long tests."""
+    return [] if kind in ("rmt", "xl", "armt") else [pytest.mark.long]
+
+
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_a_full_engine_writes_what_each_prompt_gives_alone(kind: str) -> None:
     """More requests than slots and rows, each past several segment ends; the memory is that of reading all anew."""
@@ -132,7 +137,7 @@ def mixed_requests(draw: random.Random, count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("kind", FLOAT32_KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=further(kind)) for kind in FLOAT32_KINDS])
 def test_in_float32_a_request_beside_others_gives_the_same_bits(kind: str) -> None:
     model = tiny_model(MEMORIES[kind], segment_len=T).float()
     draw = random.Random(0)
@@ -173,7 +178,7 @@ def split(tokens: Sequence[int], draw: random.Random) -> Iterator[list[int]]:
         start += size
 
 
-@pytest.mark.parametrize("kind", FLOAT32_KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=further(kind)) for kind in FLOAT32_KINDS])
 def test_a_prefix_found_at_any_boundary_gives_the_bits_of_reading_it(kind: str) -> None:
     model = tiny_model(MEMORIES[kind], segment_len=T).float()
     text = tokens_like(4 * T + 2, seed=5).tolist()

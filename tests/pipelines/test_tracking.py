@@ -196,7 +196,7 @@ def test_the_dashboards_panels_have_places_and_numbers_of_their_own() -> None:
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gauges_reach_rays_metrics_endpoint(local_ray: None) -> None:
     import ray
 

@@ -4,7 +4,7 @@ import pytest
 
 FURTHER = {
     *("rmt+xl", "lamemo+rmt", "bmojo+rmt", "xl+memformer", "memformer+rmt", "xl+armt", "shm+rmt", "xl+rmt-open"),
-    *("xl+infinity", "rmt-5-read"),
+    *("xl+infinity", "rmt-5-read", "rmt-open", "bmojo"),
 }
 
 
