@@ -43,9 +43,22 @@ LONG = (
 )
 
 
+# What is tested with the long tests, in every test that takes it by name: compositions and variants of memories whose
+# parts are tested otherwise too, and the second client of S3.
+FURTHER = {
+    *("rmt+xl", "lamemo+rmt", "bmojo+rmt", "xl+memformer", "memformer+rmt", "xl+armt", "shm+rmt", "xl+rmt-open"),
+    *("xl+infinity", "rmt-5-read", "rmt-open", "bmojo", "s3fs"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out is chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None and not FURTHER.isdisjoint(each for each in case.params.values() if isinstance(each, str)):
+            item.add_marker(pytest.mark.long)
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     for item in items:

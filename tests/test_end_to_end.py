@@ -151,6 +151,7 @@ def test_an_installed_program_does_it_too(demo: Demo, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["output"] == str(demo.folder / "store")
 
 
+@pytest.mark.long
 def test_a_failing_stage_ends_the_demo_with_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "store").write_text("in the way")
     with pytest.raises(SystemExit) as ended:

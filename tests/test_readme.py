@@ -110,19 +110,24 @@ def cluster(place: Place) -> Iterator[Head]:
 # --- the commands -----------------------------------------------------------------------------------
 
 
-# Commands that need none before them and that others need not: with the long tests.
-ALONE = ("benchmark.py", "s3://my-bucket", "train.py detect")
+# Commands that no other one needs: with the long tests.
+LAST = ("benchmark.py", "s3://my-bucket", "train.py detect", "pictures.py", "summarise.py")
+FIRST = ("--output runs/novels --tokenizer", "--output runs/first ")  # of those that make the model `runs/first/model`
 
 
 @pytest.mark.parametrize(
     "piece",
     [
-        pytest.param(piece, marks=[pytest.mark.long] if any(name in piece.text for name in ALONE) else [])
+        pytest.param(piece, marks=[pytest.mark.long] if any(name in piece.text for name in LAST) else [])
         for piece in PIECES
     ],
     ids=lambda piece: f"line {piece.line}",
 )
 def test_it_runs(piece: Piece, place: Place, s3_bucket: str, request: pytest.FixtureRequest) -> None:
+    if "runs/first/model" in piece.text and not (place.folder / "runs" / "first" / "model").is_dir():
+        for earlier in PIECES[: PIECES.index(piece)]:
+            if any(name in earlier.text for name in FIRST):
+                test_it_runs(earlier, place, s3_bucket, request)
     if piece.language == "python":
         run([sys.executable, "-c", piece.text], place)
         return

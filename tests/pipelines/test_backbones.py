@@ -81,6 +81,7 @@ def train_what_was_brought(rank: int, places: tuple[str, str], tmp_path: Path) -
     assert torch.equal(before, brought_weights)
 
 
+@pytest.mark.long
 def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(places: tuple[str, str], tmp_path: Path) -> None:
     multiprocessing.spawn(train_what_was_brought, args=(places, tmp_path), nprocs=1)  # type: ignore[attr-defined]
     saved = rmt_core.load(tmp_path / "saved" / "model").backbone.lm.get_input_embeddings().weight

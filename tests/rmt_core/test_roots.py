@@ -45,6 +45,7 @@ def worker(rank: int, port: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_segment_trains_under_data_parallelism() -> None:
     """Two processes have the gradient of one that has all rows (up to the float32 in llama's norms)."""
     with socket.socket() as free:
