@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -40,28 +39,34 @@ from pipelines import storage
 from pipelines.cluster import connect, has_cluster, pool
 from pipelines.config import InputError, build, run_job
 from pipelines.data.mixture import Store
-from pipelines.data.tokenise import Tokenizer, load_tokenizer
+from pipelines.data.tokenise import Tokenizer
 from pipelines.extras import require_extra
 from pipelines.recipes import find_recipe
-from pipelines.training import checkpoints
 from pipelines.training.backbones import apart, described
 from pipelines.training.claim import claimed
 from pipelines.training.costs import model_size, outline
-from pipelines.training.identity import Identity, check_same, identity_of
+from pipelines.training.identity import Identity, identity_of
 from pipelines.training.monitor import Monitor
 from pipelines.training.plan import make_plan, tell
 from pipelines.training.probe import probe_texts
+from pipelines.training.reading import make_lanes, open_store
+from pipelines.training.run_directory import (
+    CONFIG,
+    FINISHED,
+    earlier,
+    last_progress,
+    publish,
+    registered_checkpoints,
+    remove_unfinished,
+)
 from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.tracking import check_tracking
 from pipelines.training.visibility import check_storage
-from pipelines.training.weights import save_backbone
-from pipelines.training.worker import CONFIG, make_lanes, open_store, train_worker
+from pipelines.training.worker import train_worker
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
 
 _LINE_S = 10.0  # between progress lines where there is no terminal
-FINISHED = "run.json"  # written last: a run without it has not reached its end
-REGISTRY = "checkpoint_manager_snapshot.json"  # Ray Train's list of whole checkpoints; what is not on it is a left-over
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.seeds > 1:
         return _train_seeds(config)
     identity = check(config)
-    finished = _earlier(config, identity)
+    finished = earlier(config, identity)
     if finished is not None:
         log.info("%s is finished with these settings: nothing to do", config.output)
         return finished
@@ -97,10 +102,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
     """The run of a directory that nobody else works on."""
-    _remove_unfinished(config.output)
+    remove_unfinished(config.output)
     storage.write_json(storage.join(config.output, CONFIG), config.model_dump(mode="json"))
     metrics = _fit(config)
-    model = _publish(config)
+    model = publish(config)
     log.info("trained %d steps; the model is in %s", config.num_steps, model)
     result = {"output": config.output, "checkpoint": model, "num_steps": config.num_steps, **metrics}
     storage.write_json(storage.join(config.output, FINISHED), {"identity": identity, "result": result})
@@ -203,64 +208,6 @@ def _outlined(
     return description, model
 
 
-def _earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
-    """The result of a finished run with the same settings; refuses what would mix runs."""
-    names = storage.list_names(config.output) if storage.exists(config.output) else []
-    registered = _checkpoints(config.output)
-    if config.resume == "never" and names:
-        raise InputError(f"{config.output} holds a run already and resume is never; give another --output")
-    if config.resume not in ("auto", "never"):
-        if not storage.exists(storage.join(config.resume, checkpoints.PROGRESS)):
-            raise InputError(f"resume {config.resume!r} is no checkpoint; give a checkpoint_* directory of a run")
-        if registered:
-            raise InputError(f"{config.output} holds a run already; give another --output to start from a checkpoint")
-        other = storage.read_json(storage.join(config.resume, checkpoints.PROGRESS))
-        check_same(other["identity"], identity, f"{config.resume} is of a run")
-        if other["step"] >= config.num_steps:
-            raise InputError(f"{config.resume} is of the last step, {other['step']}: nothing is left to do from there")
-    if FINISHED in names:
-        finished = storage.read_json(storage.join(config.output, FINISHED))
-        check_same(finished["identity"], identity, f"{config.output} holds a finished run")
-        return dict(finished["result"])
-    if registered:
-        if not storage.exists(storage.join(config.output, registered[-1], checkpoints.PROGRESS)):
-            raise InputError(f"{config.output} holds a run of an earlier version; give another --output")
-        check_same(_progress(config.output).identity, identity, f"{config.output} holds a run")
-        log.info("going on with the run in %s from step %d", config.output, _progress(config.output).step)
-    return None
-
-
-def _remove_unfinished(output: str) -> None:
-    """Deletes what is named as a checkpoint and is none; nobody may be writing it."""
-    registered = _checkpoints(output)
-    for name in storage.list_names(output):
-        if name.startswith("checkpoint_") and name not in registered and not name.endswith(".json"):
-            log.info("removing %s, which was not finished when a worker or the run was stopped", name)
-            files, path = storage.filesystem(storage.join(output, name))
-            files.delete_dir(path)
-
-
-def _checkpoints(output: str) -> list[str]:
-    """Names of the run's whole checkpoints, the oldest first: what Ray Train has registered."""
-    registry = storage.join(output, REGISTRY)
-    if not storage.exists(registry):
-        return []
-    try:
-        results = storage.read_json(registry)["checkpoint_results"]
-    except ValueError as error:
-        raise InputError(
-            f"{registry} is not whole, as after a kill in the moment that it was written; go on from a checkpoint "
-            f"with --resume {output}/checkpoint_... and another --output"
-        ) from error
-    return [result["checkpoint_dir_name"] for result in results]
-
-
-def _progress(output: str) -> checkpoints.Progress:
-    """Of the run's last checkpoint; there is one."""
-    last = _checkpoints(output)[-1]
-    return checkpoints.Progress(**storage.read_json(storage.join(output, last, checkpoints.PROGRESS)))
-
-
 def _fit(config: TrainConfig) -> dict[str, Any]:
     """Ray Train over the workers; the last metrics. Ctrl-C and SIGTERM ask the workers to checkpoint and stop."""
     monitor = ray.remote(num_cpus=0)(Monitor).options(scheduling_strategy=_beside_driver()).remote()
@@ -280,7 +227,7 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
     refused = ray.get(monitor.refused.remote())
     if refused is not None:
         raise InputError(refused)
-    step = _progress(config.output).step
+    step = last_progress(config.output).step
     if interrupted and step < config.num_steps:
         log.info("stopped at step %d; the same command goes on from there", step)
         raise KeyboardInterrupt
@@ -308,14 +255,14 @@ def _cause(error: BaseException) -> BaseException:
 def _fit_until_stuck(config: TrainConfig, monitor: Any) -> None:
     """Runs Ray Train; as long as it comes further, again: `max_failures` are allowed between two checkpoints."""
     while True:
-        before = _checkpoints(config.output)
+        before = registered_checkpoints(config.output)
         try:
             _trainer(config, monitor).fit()
         except TrainingFailedError as error:
-            if _checkpoints(config.output)[-1:] == before[-1:]:
+            if registered_checkpoints(config.output)[-1:] == before[-1:]:
                 raise
             reason = str(error).strip().splitlines()[-1]
-            log.warning("workers failed (%s); going on from step %d", reason, _progress(config.output).step)
+            log.warning("workers failed (%s); going on from step %d", reason, last_progress(config.output).step)
         else:
             return
 
@@ -397,18 +344,6 @@ def _line(metrics: dict[str, Any], num_steps: int) -> str:
         f"step {metrics['step']}/{num_steps}: loss {metrics['loss']:.3f} nats{planted}, "
         f"{metrics['num_segments']} segments, {metrics['tokens_per_s']:.0f} tokens/s"
     )
-
-
-def _publish(config: TrainConfig) -> str:
-    """Copy the last checkpoint's portable model to the run's `model`; its path."""
-    target = storage.join(config.output, "model")
-    with storage.local_directory(storage.join(config.output, _checkpoints(config.output)[-1], "model")) as folder:
-        storage.upload_directory(folder, target, marker="config.json")
-        if config.report.backbone:
-            with tempfile.TemporaryDirectory(prefix="rmt-") as name:
-                save_backbone(name, rmt_core.load(folder), load_tokenizer(str(folder)))
-                storage.upload_directory(Path(name), storage.join(config.output, "backbone"), marker="config.json")
-    return target
 
 
 if __name__ == "__main__":

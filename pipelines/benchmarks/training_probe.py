@@ -22,9 +22,10 @@ from pipelines.training.costs import model_size, outline, segment_cost
 from pipelines.training.engine import parameter_groups, segments_of
 from pipelines.training.footprint import footprint
 from pipelines.training.live_bytes import LiveBytes
+from pipelines.training.reading import make_lanes, open_store
 from pipelines.training.settings import TrainConfig, learning_rate, model_config
 from pipelines.training.weights import fresh_model
-from pipelines.training.worker import Run, make_lanes, open_store, set_up, start_run
+from pipelines.training.worker import Run, set_up, start_run
 
 
 def bare(config: TrainConfig) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from pipelines.config import InputError, build
 from pipelines.data import lanes
 from pipelines.data.books import BookStore
 from pipelines.training import engine as engines
+from pipelines.training.reading import make_lanes
 from pipelines.training.settings import TrainConfig, learning_rate, model_config, num_segments_at, stage_at
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.weights import choose_trained, plain_tensors
-from pipelines.training.worker import make_lanes
 from rmt_core.checkpoint import tensors_of
 
 STEPS, WORLD_SIZE = 3, 2

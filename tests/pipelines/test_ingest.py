@@ -22,7 +22,7 @@ def test_documents_are_the_books_over_again() -> None:
     assert ingest._text("abc", 4, 7) == "bcabcab"
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_ingest_runs_and_its_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["ingest", "--quick"]) == 0
     printed = capsys.readouterr()

@@ -10,8 +10,8 @@ from pipelines import train
 from pipelines.config import build
 from pipelines.data import lanes as data
 from pipelines.data.books import BookStore
+from pipelines.training.reading import make_lanes
 from pipelines.training.settings import TrainConfig, num_segments_at
-from pipelines.training.worker import make_lanes
 
 SMALL = [
     *["tiny", "--batch-size", "4", "dataset.task_fraction", "0.25", "dataset.piece_segments", "5"],

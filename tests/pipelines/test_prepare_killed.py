@@ -127,7 +127,7 @@ def test_killed_driver_and_worker_change_nothing(
     assert files(output) == files(tmp_path / "whole")
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_one_long_document_killed_in_the_middle_keeps_what_was_tokenised(
     local_ray: None, tokenizer: Path, tmp_path: Path
 ) -> None:

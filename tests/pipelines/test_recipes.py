@@ -90,7 +90,7 @@ def test_seeds_are_runs_of_their_own_beside_one_another(
         return {"loss": float(config.seed)}
 
     monkeypatch.setattr(train, "_fit", fit)
-    monkeypatch.setattr(train, "_publish", lambda config: f"{config.output}/model")
+    monkeypatch.setattr(train, "publish", lambda config: f"{config.output}/model")
     monkeypatch.setattr(train, "connect", contextlib.nullcontext)
     monkeypatch.setattr(train, "check_storage", lambda *_: 1)
     words = ["tiny", "--seed", "5", "--output", str(tmp_path / "runs")]

@@ -14,8 +14,8 @@ from pipelines.data.task_lanes import Choice, TaskLane, TaskSource, store_prose
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import TASKS, mark, recall, texts
 from pipelines.tasks.questions import QuestionTask
+from pipelines.training.reading import make_lanes
 from pipelines.training.settings import TrainConfig, num_segments_at
-from pipelines.training.worker import make_lanes
 from tests.pipelines.test_lanes import FakeStore
 
 BYTES = ByteTokenizer()

@@ -12,8 +12,8 @@ from pipelines.data import lanes, sampling, store, task_lanes
 from pipelines.data.mixture import Mixture
 from pipelines.data.store import DocumentEntry, PartWriter, SegmentStore
 from pipelines.data.tokenise import ByteTokenizer
+from pipelines.training.reading import make_lanes, open_store
 from pipelines.training.settings import TrainConfig
-from pipelines.training.worker import make_lanes, open_store
 
 
 @pytest.fixture
