@@ -19,6 +19,7 @@ from pipelines import storage
 from pipelines.config import InputError, canonical_json, fingerprint
 from pipelines.data import pieces
 from pipelines.data.pieces import Difference, Joining, LossyTextError, difference
+from pipelines.data.words import BYTE_CHARACTERS, words_of
 
 __all__ = ["ByteTokenizer", "JsonTokenizer", "LossyTextError", "Tokenizer", "encode_chunks", "load_tokenizer"]
 
@@ -103,6 +104,7 @@ class JsonTokenizer:
         content = _without_chance(_without_prefix_space({**content, "truncation": None, "padding": None}))
         self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._words = words_of(content, self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         names = ([eos_token] if eos_token else []) + list(EOS_NAMES)
         self._eos_token = next((name for name in names if name in vocabulary), None)
@@ -115,8 +117,10 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        found = [None if self._words is None else self._words.encode(text) for text in texts]
+        others = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        encodings = iter(self._tokenizer.encode_batch_fast(others, add_special_tokens=False))
+        return [np.array(next(encodings).ids, dtype=np.int32) if ids is None else ids for ids in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(_as_ids(ids).tolist(), skip_special_tokens=False)
@@ -149,7 +153,7 @@ class JsonTokenizer:
         """(V,) the bytes of each token of a byte-level tokenizer: what the library decodes. None for others."""
         if (self._content.get("decoder") or {}).get("type") != "ByteLevel":
             return None
-        byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
+        byte_of = {char: byte for byte, char in enumerate(BYTE_CHARACTERS)}
         table = np.full(self.vocab_size, b"", dtype=object)
         for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
             known = all(char in byte_of for char in token)
@@ -271,17 +275,10 @@ def _types(part: Any) -> list[str]:
     return [str(part.get("type"))]
 
 
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (the GPT-2 table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
-
-
 def _byte_tokenizer_json() -> dict[str, Any]:
     """The byte tokenizer in Hugging Face's format; `<eos>` is in the vocabulary but never matched in a text."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    vocabulary = {char: byte for byte, char in enumerate(_byte_characters())}
+    vocabulary = {char: byte for byte, char in enumerate(BYTE_CHARACTERS)}
     model: dict[str, Any] = {
         "type": "BPE",
         "dropout": None,
