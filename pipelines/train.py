@@ -24,7 +24,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -51,6 +51,7 @@ from pipelines.training.identity import Identity, check_same, identity_of
 from pipelines.training.monitor import Monitor
 from pipelines.training.plan import make_plan, tell
 from pipelines.training.probe import probe_texts
+from pipelines.training.room import check_room
 from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.tracking import check_tracking
 from pipelines.training.visibility import check_storage
@@ -89,10 +90,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if finished is not None:
         log.info("%s is finished with these settings: nothing to do", config.output)
         return finished
-    with connect():
+    with _connected(config):
         check_storage(config.output, _inputs(config), _resources(config))
         with claimed(config.output):
             return _run(config, identity)
+
+
+@contextlib.contextmanager
+def _connected(config: TrainConfig) -> Iterator[None]:
+    """A Ray while the block runs; InputError where it is this machine's own and can never hold the workers."""
+    joins = has_cluster()
+    with connect():
+        if not joins:
+            check_room(config.workers, ray.cluster_resources())
+        yield
 
 
 def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def _train_seeds(config: TrainConfig) -> dict[str, Any]:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     check(runs[0])
-    with connect():
+    with _connected(config):
         results = [train(run) | {"seed": run.seed} for run in runs]
     first = {name: results[0][name] for name in ("checkpoint", "num_steps", "loss")}
     return {"output": config.output, **first, "runs": results}
