@@ -47,6 +47,8 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 
     Raises InputError when the cluster named by RAY_ADDRESS does not answer or refuses our token.
     """
+    for name in ("ray.data", "ray._private.authentication"):  # remarks only on errors, also while Ray starts
+        logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         _configure_data()
         yield
@@ -202,7 +204,7 @@ def _private_token() -> Iterator[None]:
 
 
 def _configure_data() -> None:
-    """Progress bars only on a terminal, remarks only on errors; one long document or training step is no stall.
+    """Progress bars only on a terminal; one long document or training step is no stall.
 
     Ray Data works in the pool for data, where an operator does not say otherwise.
     """
@@ -212,5 +214,3 @@ def _configure_data() -> None:
     if not sys.stderr.isatty():
         context.enable_progress_bars = False
         context.enable_operator_progress_bars = False
-    for name in ("ray.data", "ray._private.authentication"):
-        logging.getLogger(name).setLevel(logging.ERROR)

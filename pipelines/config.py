@@ -43,9 +43,9 @@ class StrictError(Exception):
 
 
 class Config(pydantic.BaseModel):
-    """A frozen configuration (section); every field is described, with its unit."""
+    """A frozen configuration (section); every field is described, with its unit. Its numbers are finite."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -66,7 +66,7 @@ class SummariseConfig(Config):
         None, ge=32, description="tokens of a piece, of rolling and map_reduce (none: 1024, or what the model takes)"
     )
     max_new_tokens: int = pydantic.Field(128, ge=1, description="tokens a summary, at most")
-    temperature: float = pydantic.Field(0.0, ge=0, allow_inf_nan=False, description="of sampling; 0: the likeliest")
+    temperature: float = pydantic.Field(0.0, ge=0, description="of sampling; 0: the likeliest")
     top_p: float = pydantic.Field(1.0, gt=0, le=1, description="mass of the likeliest tokens that are sampled from")
     seed: int = pydantic.Field(0, description="of sampling; a document's own is made of it and the document's id")
     limit: Count | None = pydantic.Field(None, ge=1, description="only so many documents, the first (none: all)")

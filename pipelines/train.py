@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -50,6 +50,7 @@ from pipelines.training.monitor import Monitor
 from pipelines.training.plan import make_plan, tell
 from pipelines.training.probe import probe_texts
 from pipelines.training.reading import make_lanes, open_store
+from pipelines.training.room import check_room
 from pipelines.training.run_directory import (
     CONFIG,
     FINISHED,
@@ -94,10 +95,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if finished is not None:
         log.info("%s is finished with these settings: nothing to do", config.output)
         return finished
-    with connect():
+    with _connected(config):
         check_storage(config.output, _inputs(config), _resources(config))
         with claimed(config.output):
             return _run(config, identity)
+
+
+@contextlib.contextmanager
+def _connected(config: TrainConfig) -> Iterator[None]:
+    """A Ray while the block runs; InputError where it is this machine's own and can never hold the workers."""
+    joins = has_cluster()
+    with connect():
+        if not joins:
+            check_room(config.workers, ray.cluster_resources())
+        yield
 
 
 def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def _train_seeds(config: TrainConfig) -> dict[str, Any]:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     check(runs[0])
-    with connect():
+    with _connected(config):
         results = [train(run) | {"seed": run.seed} for run in runs]
     first = {name: results[0][name] for name in ("checkpoint", "num_steps", "loss")}
     return {"output": config.output, **first, "runs": results}

@@ -354,17 +354,28 @@ def supported(kind: Any, families: Collection[str] = FAMILIES) -> str:
 def config_from(
     source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str] = FAMILIES
 ) -> PretrainedConfig:
-    """A backbone's configuration from a directory saved by Hugging Face, a dictionary with `model_type`, or itself."""
+    """A backbone's configuration, of a Hugging Face directory, a dictionary with `model_type` or itself; ValueError."""
     if isinstance(source, PretrainedConfig):
         return source
-    if isinstance(source, dict):
-        settings = dict(source)
-        return AutoConfig.for_model(supported(settings.pop("model_type", None), families), **settings)
-    file = Path(source) / "config.json"
+    if not isinstance(source, str | Path | dict):
+        raise ValueError(f"backbone is {source!r}; give a directory saved by Hugging Face, or a configuration")
+    settings = dict(source) if isinstance(source, dict) else _saved_settings(Path(source) / "config.json")
+    kind = supported(settings.pop("model_type", None), families)
+    try:
+        if isinstance(source, dict):
+            return AutoConfig.for_model(kind, **settings)
+        return AutoConfig.from_pretrained(str(source), local_files_only=True)
+    except Exception as error:  # transformers has kinds of its own for values that it refuses
+        raise ValueError(f"the {kind} backbone's configuration is not valid: {' '.join(str(error).split())}") from error
+
+
+def _saved_settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ValueError(f"backbone {str(source)!r} has no config.json; give a directory saved by Hugging Face")
-    supported(json.loads(file.read_text()).get("model_type"), families)
-    return AutoConfig.from_pretrained(str(source), local_files_only=True)
+        raise ValueError(f"backbone {str(file.parent)!r} has no {file.name}; give a directory saved by Hugging Face")
+    try:
+        return dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is no model's configuration: {error}") from error
 
 
 def load_lm(source: str | Path | dict[str, Any] | PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -49,7 +49,10 @@ def tensors_of(model: AnyModel) -> dict[str, Tensor]:
 
 
 def save(directory: str | Path, model: AnyModel, tokenizer: SavesItself | None = None) -> None:
-    """Write the model so that the directory appears whole or not at all; an older one there is replaced."""
+    """Write the model so that the directory appears whole or not at all; an older one there is replaced.
+
+    ValueError where the directory holds anything but a saved model: that would be lost.
+    """
     save_tensors(directory, model.config, tensors_of(model), tokenizer)
 
 
@@ -61,6 +64,8 @@ def save_tensors(
 ) -> None:
     """`save` for parameters gathered by the caller, as a sharded optimiser's are."""
     target = Path(directory).absolute()
+    if not _is_free(target):
+        raise ValueError(f"{str(target)!r} holds something else than a saved model, which would be lost; give another")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -80,6 +85,17 @@ def save_tensors(
 
 def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_free(target: Path) -> bool:
+    """Whether nothing is there but, at most, an older model or an empty directory."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return True
+    try:
+        saved = json.loads((target / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and saved.get("format") in LOADERS
 
 
 def _replace(part: Path, target: Path) -> None:

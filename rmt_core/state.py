@@ -119,10 +119,10 @@ def num_floats(state: State) -> int:
 
 
 def norm(state: State) -> Tensor:
-    """Root mean square over a row's floating-point numbers, (B,); NaN where the state holds none."""
+    """Root mean square over a row's floating-point numbers, (B,); empty where the state holds none."""
     parts = [tensor.detach().flatten(1).float() for tensor in leaves(state) if tensor.is_floating_point()]
     if not parts:
-        return torch.full((0,), float("nan"))
+        return torch.empty(0)
     return torch.cat(parts, dim=1).square().mean(1).sqrt()
 
 

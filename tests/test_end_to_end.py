@@ -74,6 +74,7 @@ def test_every_stage_is_announced_with_its_output(demo: Demo) -> None:
         assert f"{job} done in " in demo.told
     for name in ("store", "train", "evaluate", "summaries"):
         assert f"output in {demo.folder / name}" in demo.told
+    assert "Token authentication" not in demo.told  # Ray's remark on a token that is of no concern to the user
 
 
 def test_the_tables_show_every_memory_and_chance(demo: Demo) -> None:

@@ -181,6 +181,8 @@ def text_document(value: dict[str, Any], name: str, number: int) -> Document | F
 
 # --- Parquet ----------------------------------------------------------------------------------------
 
+_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+
 
 def parquet_rows(uri: str, name: str, start: int = 0) -> Iterator[Document | Fault]:
     """The documents of a Parquet file from row `start` (counted from 0) on; row groups before it are not read."""
@@ -190,9 +192,12 @@ def parquet_rows(uri: str, name: str, start: int = 0) -> Iterator[Document | Fau
     if "text" not in schema.names:
         yield Fault("no_text", f"no column `text`, only {', '.join(schema.names) or 'none'}")
         return
+    if repeated := [column for column in ("text", "id") if schema.names.count(column) > 1]:
+        yield Fault("unreadable", f"several columns `{repeated[0]}`")
+        return
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+    if kind not in _TEXT_TYPES:
         yield Fault("no_text", f"column `text` holds {kind}, not strings")
         return
     columns = [column for column in ("text", "id") if column in schema.names]

@@ -93,7 +93,10 @@ def _glob(files: pyarrow.fs.FileSystem, path: str) -> tuple[list[pyarrow.fs.File
     parts = path.split("/")
     first = next(n for n, part in enumerate(parts) if re.search(r"[*?\[]", part))
     base = "/".join(parts[:first]) or "/"
-    shape = re.compile(_translate(parts[first:]) + r"(/.*)?", re.DOTALL)
+    try:
+        shape = re.compile(_translate(parts[first:]) + r"(/.*)?", re.DOTALL)
+    except re.error as error:
+        raise InputError(f"{path}: not a glob: {error}; characters are listed in brackets, [abc] or [a-z]") from error
     selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
     skip = len(base.rstrip("/")) + 1
     return [info for info in files.get_file_info(selector) if shape.fullmatch(info.path[skip:])], base

@@ -17,6 +17,8 @@ def is_s3(uri: str) -> bool:
 
 def absolute(uri: str) -> str:
     """The URI as any process can use it: local paths made absolute, `~` opened, no slash at the end."""
+    if not uri:
+        raise InputError("a path is empty; give a local path or s3://bucket/key")
     if is_s3(uri):
         _check(uri)
         return uri.rstrip("/")

@@ -268,7 +268,7 @@ class TrainConfig(Config):
         default=64, ge=1, description="tokens a segment, for the embedded books; a store has its own"
     )
     batch_size: int = Field(default=16, ge=1, description="rows of the global batch")
-    seed: int = Field(default=0, ge=0, description="of weights, order of data and texts of tasks")
+    seed: int = Field(default=0, ge=0, le=2**62, description="of weights, order of data and texts of tasks")
     seeds: int = Field(
         default=1, ge=1, description="so many runs one after another, with seeds from seed on, in seed-N of output"
     )

@@ -114,6 +114,8 @@ def test_an_invalid_value_is_told_with_field_value_and_range() -> None:
     message = _error("--input", "a", "--optimiser.kind", "lion")
     assert "--optimiser.kind 'lion'" in message
     assert "'adam' or 'sgd'" in message
+    for value in ("inf", "nan"):
+        assert "needs to be" in _error("--input", "a", "--optimiser.learning-rate", value)
     assert _error() == "--input is required"
     assert "expected one argument" in _error("--input", "a", "--segment-len")
 

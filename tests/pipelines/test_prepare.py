@@ -133,10 +133,11 @@ def test_faulty_files_are_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
     (tmp_path / "no.parquet").write_bytes(b"PAR1 but not really PAR1")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), tmp_path / "twice.parquet")
     (tmp_path / "good.txt").write_bytes(b"good")
     result, texts = _unit(
         tmp_path, "empty.txt", "latin.txt", "cut.txt.gz", "no.txt.gz", "no.parquet", "other.parquet",
-        "numbers.parquet", "good.txt",
+        "numbers.parquet", "twice.parquet", "good.txt",
     )  # fmt: skip
     assert texts == {"good": b"good"}
     assert result.documents[0].row_offset == 0
@@ -148,6 +149,7 @@ def test_faulty_files_are_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
         (None, None, "unreadable"),
         (None, None, "no_text"),
         (None, None, "no_text"),
+        (None, None, "unreadable"),
     ]
     assert "byte 3000000" in result.errors[1].reason
     for file in result.inputs:
@@ -160,8 +162,9 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts, "id": ids, "more": ids}), tmp_path / "p.parquet", row_group_size=4)
     broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"]).buffers())
     pq.write_table(pa.table({"text": broken}), tmp_path / "q.parquet")
-    result, found = _unit(tmp_path, "p.parquet", "q.parquet")
-    assert found == {"10": b"a", "p.parquet:5": b"c", "13": b"d", "q.parquet:1": b"ok"}
+    pq.write_table(pa.table({"text": pa.array(["e" * 99], pa.string_view())}), tmp_path / "v.parquet")
+    result, found = _unit(tmp_path, "p.parquet", "q.parquet", "v.parquet")
+    assert found == {"10": b"a", "p.parquet:5": b"c", "13": b"d", "q.parquet:1": b"ok", "v.parquet:1": b"e" * 99}
     assert _kinds(result) == [
         ("11", 2, "no_text"),
         ("12", 3, "empty"),

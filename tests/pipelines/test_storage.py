@@ -127,6 +127,8 @@ def test_patterns_that_find_nothing_are_refused(root: str) -> None:
         (f"{root}/nowhere", "does not exist"),
         (f"{root}/nowhere.txt", "no input found"),
         (f"{root}/c.md", "unsupported suffix"),
+        (f"{root}/[z-a].txt", "not a glob"),
+        (f"{root}/a[].txt", "not a glob"),
     ):
         with pytest.raises(InputError, match=reason):
             storage.expand([pattern], SUFFIXES)
@@ -142,3 +144,5 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
             storage.absolute(wrong)
     with pytest.raises(InputError, match="bucket"):
         storage.filesystem("s3://")
+    with pytest.raises(InputError, match="a path is empty"):  # not the folder that one is in
+        storage.absolute("")

@@ -101,6 +101,16 @@ def test_a_finished_run_is_left_alone(finished: Path) -> None:
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_workers_that_the_machine_can_never_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "has_cluster", lambda: False)
+    monkeypatch.setattr(train, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    for seeds in (1, 2):
+        with pytest.raises(InputError, match="exceeds the 2 cores"):
+            train.train(config(tmp_path / "run", seeds=seeds, workers={"num_workers": 3}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoints_are_sealed_and_an_altered_one_is_refused(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

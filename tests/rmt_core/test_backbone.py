@@ -150,6 +150,25 @@ def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
         rmt_core.build(backbone=tmp_path / "nowhere", segment_len=8)
 
 
+@pytest.mark.parametrize("settings", [{"hidden_size": 15, "num_attention_heads": 4}, {"hidden_size": "wide"}])
+def test_a_configuration_that_is_not_valid_is_refused_in_one_line(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    for source in ({"model_type": "llama", **settings}, tmp_path):
+        with pytest.raises(ValueError, match="the llama backbone's configuration is not valid: ") as caught:
+            rmt_core.build(backbone=source, segment_len=8)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    for text in ("{", "3", '["llama"]'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="is no model's configuration"):
+            rmt_core.build(backbone=tmp_path, segment_len=8)
+    for source in (None, 3):
+        with pytest.raises(ValueError, match="give a directory saved by Hugging Face, or a configuration"):
+            rmt_core.build(backbone=source, segment_len=8)
+
+
 def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(tmp_path)
     tiny_config(num_hidden_layers=3).save_pretrained(tmp_path)

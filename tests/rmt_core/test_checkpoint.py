@@ -122,6 +122,20 @@ def test_a_save_replaces_an_older_model_as_a_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_save_never_deletes_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    rmt_core.save(tmp_path / "empty", tiny_model())
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path, tmp_path / "backbone", tmp_path / "file"):
+        with pytest.raises(ValueError, match="would be lost"):
+            rmt_core.save(target, tiny_model())
+    assert (tmp_path / "backbone" / "config.json").read_text() == '{"model_type": "llama"}'
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "empty", "file"]
+
+
 def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         rmt_core.save(tmp_path / name, tiny_model(RMT))
