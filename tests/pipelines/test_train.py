@@ -19,7 +19,7 @@ import rmt_core
 from pipelines import storage, train
 from pipelines.config import InputError, build
 from pipelines.data.tokenise import load_tokenizer
-from pipelines.training import claim, worker
+from pipelines.training import claim, run_directory, worker
 from pipelines.training.settings import (
     CurriculumSettings,
     OptimizerSettings,
@@ -176,7 +176,7 @@ def test_a_node_that_came_later_and_does_not_see_the_output_is_named(
 
 
 def test_a_list_of_checkpoints_that_is_cut_off_is_told(tmp_path: Path) -> None:
-    (tmp_path / train.REGISTRY).write_text('{"checkpoint_results": [')
+    (tmp_path / run_directory.REGISTRY).write_text('{"checkpoint_results": [')
     with pytest.raises(InputError, match="is not whole.*--resume"):
         train.train(config(tmp_path))
 
