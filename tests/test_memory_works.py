@@ -16,8 +16,8 @@ from pipelines.tasks.held_out import open_held_out
 from pipelines.training.engine import parameter_groups, segments_of
 
 TOKENIZER = ByteTokenizer()
-SEGMENT_LEN, BATCH_SIZE = 64, 16
-MOST_SEGMENTS, MOST_STEPS, LAST_STEPS = 4, 2500, 1100
+SEGMENT_LEN, BATCH_SIZE = 48, 16
+MOST_SEGMENTS, MOST_STEPS, LAST_STEPS = 4, 2500, 700
 LEARNED = 0.1  # nats of a letter, averaged over some 20 steps: on to texts of one more segment
 
 
