@@ -1,9 +1,10 @@
 """What a text costs beside what it gives: accuracy, seconds and memory of groups of evaluations by length."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from pipelines.tasks.comparison import Group, differences_of_measuring, panels, places
 from pipelines.tasks.comparison_plot import PANEL_INCHES, curve, draw, length_axis, told
@@ -85,6 +86,9 @@ def _panel(panel: Axes, task: str, kind: str, groups: Sequence[Group], trained_l
         panel.set_ylim(bottom=-0.2)
     else:
         panel.set_yscale("log")
+        low, high = (math.log10(limit) for limit in panel.get_ylim())
+        panel.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # whole decades: at least two are named
+        panel.yaxis.set_minor_formatter(NullFormatter())
     panel.yaxis.set_major_formatter(EngFormatter(unit if len(unit) == 1 else ""))
     lengths = {length for costs in found for length in costs} or places(groups, task)
     length_axis(panel, task, groups, sorted(lengths), trained_len)
