@@ -5,8 +5,9 @@
 
 A group of models is shown as their mean, with a band from the lowest to the highest. Groups are named on the command
 line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal. Writes
-comparison.md and comparison.png; of two groups with equally many models the paired difference too, and of the tasks
-capacity_1 to capacity_64 capacity.md and capacity.png: facts held against the size of the state.
+comparison.md and comparison.png; cost.md and cost.png: time and memory beside the metric; of two groups with equally
+many models the paired difference too; and of the tasks capacity_1 to capacity_64 capacity.md and capacity.png: facts
+held against the size of the state.
 """
 
 import sys
@@ -23,15 +24,17 @@ import pydantic
 
 from pipelines import storage
 from pipelines.config import Config, Count, run_job
-from pipelines.tasks import capacity
-from pipelines.tasks.comparison import differences_of_questions, read_groups
+from pipelines.tasks import capacity, cost_plot
+from pipelines.tasks.comparison import BY_SEGMENT, differences_of_questions, read_groups
 from pipelines.tasks.comparison_plot import plot
 from pipelines.tasks.comparison_table import differences, markdown
+from pipelines.tasks.cost import COSTS
 from pipelines.tasks.questions import ACCURACY
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.compare")
 
 TABLE, PLOT, CAPACITY_TABLE, CAPACITY_PLOT = "comparison.md", "comparison.png", "capacity.md", "capacity.png"
+COST_TABLE, COST_PLOT = "cost.md", "cost.png"
 
 
 class CompareConfig(Config):
@@ -68,6 +71,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if config.metric == ACCURACY and capacity.are_asked(groups):
         files["capacity_table"] = (CAPACITY_TABLE, capacity.markdown(groups).encode())
         files["capacity_plot"] = (CAPACITY_PLOT, capacity.plot(groups))
+    if config.metric not in (BY_SEGMENT, *COSTS) and cost_plot.are_measured(groups):
+        files["cost_table"] = (COST_TABLE, cost_plot.markdown(groups).encode())
+        files["cost_plot"] = (COST_PLOT, cost_plot.plot(groups, config.metric, config.trained_len))
     for name, data in files.values():
         storage.write_bytes(storage.join(output, name), data)
     return {

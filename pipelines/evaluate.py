@@ -3,7 +3,8 @@
     python pipelines/evaluate.py --model DIR --task perplexity,recall --lengths 4k,64k,1m --output DIR
 
 Every figure is measured with the true memory, with a zeroed one and with another row's; beside them stand the seconds
-and the peak of memory that each task took at each length. The output holds
+and the peak of memory that each task took at each length. With `--attention full` a model without memory has the whole
+text in context instead, up to the length where its keys and values no longer fit. The output holds
 metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
 nothing, or goes on where it was interrupted; another model or other settings on the same output are refused.
 """
@@ -28,16 +29,16 @@ from typing import Annotated, Any, Literal
 import pydantic
 import ray
 
-import rmt_core
 from pipelines import storage
 from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, canonical_json, run_job, split_commas
 from pipelines.tasks import TASKS, report
-from pipelines.tasks.base import Figure, Material
+from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
-from pipelines.tasks.running import Run, load, measure
+from pipelines.tasks.running import Full, Run, load, measure, reading
+from pipelines.tasks.subject import subject_of
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evaluate")
 
@@ -49,6 +50,7 @@ _OWN_NAME = re.compile(
 _RUN_NAME = re.compile(r"run-[a-z0-9_]+-\d+-\d+\.json")  # of a task, length and seed: figures kept until all are there
 _REPORT_S = 30.0  # without news for so long, the log says that work goes on
 _NOT_IDENTITY = {"model", "data", "output", "num_cpus"}  # places, and what does not change a figure
+_OF_FULL = {"memory_limit", "segment_len"}  # settings of full attention
 
 
 class EvaluateConfig(Config):
@@ -84,6 +86,24 @@ class EvaluateConfig(Config):
         [],
         description="where facts stand, from 0 (earliest) to 1 (latest), in turn: accuracy by depth as a heat map "
         "(none: anywhere)",
+    )
+    ablations: bool = pydantic.Field(True, description="measure with zeroed and shuffled memory too")
+    attention: Literal["segments", "full"] = pydantic.Field(
+        "segments",
+        description="segments (read one by one, with the memory) or full (of a model of memory none: every token sees "
+        "the whole text before it)",
+    )
+    memory_limit: Count = pydantic.Field(
+        4 * 1024**3,
+        ge=1,
+        description="bytes that keys and values of --batch-size texts may take under full attention (512m, 4g); "
+        "longer texts are told not to fit",
+    )
+    segment_len: Count | None = pydantic.Field(
+        None,
+        ge=1,
+        description="under full attention: tokens of the segments by which facts are placed, to ask what models of "
+        "such segments are asked (none: the model's own)",
     )
     device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where models run: cpu or cuda")
     num_cpus: int | None = pydantic.Field(
@@ -124,6 +144,8 @@ class EvaluateConfig(Config):
         for field, setting in {**fields, "limit_segments": "limit_segments"}.items():
             if field in self.model_fields_set and setting not in read:
                 raise ValueError(f"--{field.replace('_', '-')} is not read by {', '.join(self.task)}; leave it out")
+        for field in sorted(self.model_fields_set & ({"ablations"} if self.attention == "full" else _OF_FULL)):
+            raise ValueError(f"--{field.replace('_', '-')} is not read with --attention {self.attention}; leave it out")
         if self.data is not None and self.background == "noise" and "limit_segments" not in read:
             raise ValueError(f"--data is not read by {', '.join(self.task)} in noise; leave it out")
         if len(self.depths) > self.num_samples:
@@ -175,16 +197,24 @@ def _as_lines(lines: Iterable[dict[str, Any]]) -> bytes:
 def _runs(config: EvaluateConfig, model_uri: str) -> list[Run]:
     """Each task at each length with each seed; with the first one alone where the task draws nothing."""
     return [
-        Run(task, length, model_uri, config.device, config.seed + i)
+        Run(task, length, model_uri, config.device, config.seed + i, _full(config))
         for task in config.task
         for length in config.lengths
         for i in range(config.seeds if "seed" in TASKS[task].settings else 1)
     ]
 
 
+def _full(config: EvaluateConfig) -> Full | None:
+    return Full(config.memory_limit, config.segment_len) if config.attention == "full" else None
+
+
 def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material, dict[str, Any]]:
     """What is evaluated, with what, and all that decides the figures. Everything that can be refused is."""
     model, tokenizer = load(model_uri)
+    try:
+        reader = reading(model, _full(config))
+    except ValueError as error:
+        raise InputError(f"--attention full --model {model_uri}: {error}") from error
     held_out = open_held_out(config.data, tokenizer)
     fields = ("background", "num_samples", "batch_size", "limit_segments", "seed")
     questions = None if config.questions is None else storage.absolute(config.questions)
@@ -193,39 +223,22 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
         held_out,
         depths=tuple(config.depths),
         questions=questions,
+        ablations=config.ablations and config.attention == "segments",
         **{name: getattr(config, name) for name in fields},
     )
     for run in _runs(config, model_uri):
-        TASKS[run.task].check(run.length, model.segment_len, replace(material, seed=run.seed))
-    num_tokens = sum(held_out.num_tokens)
-    subject = Subject(
-        name=model_uri.rpartition("/")[2],
-        fingerprint=rmt_core.fingerprint(model),
-        memory=" with ".join(_in_words(settings) for settings in model.config.memory),
-        segment_len=model.segment_len,
-        state_floats=rmt_core.state.num_floats(model.init_state(1)),
-        held_out=f"{held_out.name}, {num_tokens:,} tokens, {_counted(len(held_out.num_tokens), 'document')}",
-        seed=", ".join(str(config.seed + i) for i in range(config.seeds)),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+        TASKS[run.task].check(run.length, reader.segment_len, replace(material, seed=run.seed))
+    subject = subject_of(model_uri.rpartition("/")[2], reader, held_out, range(config.seed, config.seed + config.seeds))
+    unread = {"attention", *_OF_FULL} if config.attention == "segments" else set()
+    unread |= {"ablations"} if config.ablations else set()
     identity = {
-        **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        **config.model_dump(mode="json", exclude=_NOT_IDENTITY | unread),
         "model": subject.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "held_out": held_out.fingerprint,
         "questions": questions and hashlib.sha256(storage.read_bytes(questions)).hexdigest(),
     }
     return subject, material, identity
-
-
-def _in_words(settings: dict[str, Any]) -> str:
-    """A memory's kind and settings, without those that are off."""
-    rest = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind" and value)
-    return f"{settings['kind']} ({rest})" if rest else str(settings["kind"])
-
-
-def _counted(num: int, noun: str) -> str:
-    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def _is_finished(output: str, identity: dict[str, Any]) -> bool:
@@ -348,6 +361,8 @@ def _measure(
 
 def _headline(run: Run, figures: Sequence[Figure]) -> str:
     metric = figures[0].metric
+    if metric == DOES_NOT_FIT:
+        return f"{_words(run)} does not fit: {figures[0].reason}"
     values = [f"{figure.memory} {figure.value:.4f}" for figure in figures if figure.metric == metric]
     return f"{_words(run)}: {metric} {', '.join(values)}"
 
@@ -360,7 +375,10 @@ def _line(run: Run, figure: Figure, subject: Subject) -> dict[str, Any]:
     """A figure as a line of metrics.jsonl; a value that is no number, as a diverged model gives, is null."""
     told = {name: value for name, value in figure._asdict().items() if value is not None}
     value = figure.value if math.isfinite(figure.value) else None
-    about = {name: getattr(subject, name) for name in ("state_floats", "num_parameters", "segment_len")}
+    about = {name: getattr(subject, name) for name in ("num_parameters", "segment_len")}
+    about["state_floats"] = subject.floats_at(run.length)
+    if subject.max_positions is not None and run.length > subject.max_positions:
+        about["beyond_positions"] = True
     return {"task": run.task, "length": run.length, **told, "value": value, "seed": run.seed, **about}
 
 

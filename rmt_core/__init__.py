@@ -7,6 +7,7 @@ from .build import build
 from .checkpoint import fingerprint, load, load_encoder, load_seq2seq, save
 from .config import ModelConfig
 from .encoder import Classified, EncoderConfig, EncoderModel, EncoderOutput, build_encoder
+from .full_context import DoesNotFitError, FullContext, floats_per_token
 from .generation import Generation, Sampling, Session, generate, open_session, read
 from .gradients import backward, backward_segments, replay
 from .memory import MEMORIES
@@ -21,10 +22,12 @@ __all__ = [
     "AttentionMaps",
     "AttentionMass",
     "Classified",
+    "DoesNotFitError",
     "Encoded",
     "EncoderConfig",
     "EncoderModel",
     "EncoderOutput",
+    "FullContext",
     "Generation",
     "ModelConfig",
     "Output",
@@ -45,6 +48,7 @@ __all__ = [
     "build_encoder",
     "build_seq2seq",
     "fingerprint",
+    "floats_per_token",
     "full_attention",
     "full_attention_loss",
     "generate",

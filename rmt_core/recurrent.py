@@ -189,6 +189,11 @@ class RecurrentModel(SegmentModel[SegmentBatch]):
     def segment_len(self) -> int:
         return self.config.segment_len
 
+    @property
+    def step_len(self) -> int:
+        """Tokens that a step takes at most."""
+        return self.segment_len
+
     def step(
         self,
         tokens: Tensor,

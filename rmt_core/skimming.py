@@ -19,7 +19,8 @@ class Skimmer:
     A small model's step keeps a GPU busy for less time than a CPU needs to launch it. So there, once `after` has been
     called `patience` times for segments of one shape, the step is recorded as a CUDA graph and replayed. That is done
     for memories whose rows stand in the text and nothing else (`Memory.has_rows_only`), in evaluation mode; everywhere
-    else each call is a step. Recording copies weights' addresses: change no weights while a skimmer is in use.
+    else, and under full attention, each call is a step. Recording copies weights' addresses: change no weights while a
+    skimmer is in use.
     """
 
     def __init__(self, model: RecurrentModel, patience: int = 64) -> None:
@@ -28,7 +29,8 @@ class Skimmer:
         self._seen = 0
         self._recorded: _Recorded | None = None
         on_gpu = next(model.parameters()).is_cuda
-        self._may_record = on_gpu and model.memory.has_rows_only and not model.training
+        is_segmented = type(model) is RecurrentModel
+        self._may_record = on_gpu and is_segmented and model.memory.has_rows_only and not model.training
 
     @torch.inference_mode()
     def after(self, tokens: Tensor, state: State, lengths: Tensor | None = None) -> State:

@@ -7,6 +7,8 @@ true state from segment to segment; what differs is the state that a segment is 
     zeroed     zeros in every tensor, before the first segment too: the segment alone
     shuffled   the true state of the neighbouring row, which has read as much of another text
 
+A model without memory can also read with the whole text in context; its figures are those of the true one then.
+
 Axes: B rows, N tokens of a text, T tokens of a segment, D width, V vocabulary.
 """
 
@@ -23,10 +25,11 @@ from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer
 from pipelines.tasks.held_out import HeldOut
 from pipelines.tasks.texts import in_blocks
-from rmt_core import RecurrentModel
+from rmt_core import FullContext, RecurrentModel
 from rmt_core.state import State
 
 TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
+DOES_NOT_FIT = "does_not_fit"  # in place of all figures: the bytes that keys and values of full attention need
 
 _AHEAD = 2**12  # tokens of a row that are made at once
 _HEAD_FLOATS = 2**24  # logits computed at once: 64 MiB of float32
@@ -42,10 +45,12 @@ class Figure(NamedTuple):
     num_tokens: int | None = None  # tokens that it is a mean over
     depth: float | None = None  # where facts stand, in [0, 1]
     num_samples: int | None = None  # samples that it is a fraction of
+    num_texts: int | None = None  # texts that were read at this cost
     low: float | None = None  # ends of the 95 % confidence interval
     high: float | None = None
     chance: float | None = None  # what guessing gives
     needs_memory: bool | None = None  # what is asked for lies in an earlier segment than the answer
+    reason: str | None = None  # why nothing was measured
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,14 @@ class Material:
     limit_segments: int | None = None  # at most so many segments of held-out text a length
     questions: str | None = None  # URI of a file of questions
     depths: tuple[float, ...] = ()  # where facts stand, from 0 (earliest) to 1 (latest); none: anywhere
+    ablations: bool = True  # measure zeroed and shuffled memories too
     seed: int = 0
 
 
 class Task(Protocol):
     """One thing to measure, at any length."""
 
-    settings: frozenset[str]  # the fields of Material, beside tokenizer and batch_size, that it reads
+    settings: frozenset[str]  # the fields of Material, beside tokenizer, batch_size and ablations, that it reads
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         """Raises InputError where the task cannot be measured on texts of `length` tokens."""
@@ -84,9 +90,18 @@ def check_length(task: str, length: int, segment_len: int) -> None:
         )
 
 
-def memories_for(num_rows: int) -> tuple[str, ...]:
+def memories_for(num_rows: int, material: Material) -> tuple[str, ...]:
     """The ablations that so many rows allow: a single one has no neighbour, so none to be shuffled with."""
+    if not material.ablations:
+        return (TRUE,)
     return MEMORIES if num_rows >= 2 else (TRUE, ZEROED)
+
+
+def begin(model: RecurrentModel, num_rows: int, num_tokens: int) -> State:
+    """The state before texts of at most so many tokens."""
+    if isinstance(model, FullContext):
+        return model.init_state(num_rows, num_tokens)
+    return model.init_state(num_rows)
 
 
 def given(memory: str, carried: State) -> State:

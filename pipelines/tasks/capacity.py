@@ -40,7 +40,7 @@ def are_asked(groups: Sequence[Group]) -> bool:
 def facts_held(groups: Sequence[Group]) -> list[Held]:
     """Of every model at every length."""
     return [
-        Held(group.kind, length, one.subject.state_floats, *_held(one, length))
+        Held(group.kind, length, one.subject.floats_at(length), *_held(one, length))
         for group in groups
         for one in group.evaluations
         for length in sorted({point.at for point in one.points if _TASK.fullmatch(point.panel)})

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from pipelines import storage
 from pipelines.config import InputError
 from pipelines.tasks import TASKS
-from pipelines.tasks.base import MEMORIES
-from pipelines.tasks.cost import COSTS
+from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES
+from pipelines.tasks.cost import COSTS, PEAK_BYTES, SECONDS
 from pipelines.tasks.questions import AT_DEPTH
 from pipelines.tasks.report import (
     CONFIG,
@@ -48,6 +48,16 @@ class Point(NamedTuple):
         return math.nan if self.line["value"] is None else float(self.line["value"])
 
 
+class Cost(NamedTuple):
+    """What one text of a run costs."""
+
+    task: str
+    length: int  # tokens
+    seconds: float | None  # None: an evaluation from before texts were counted
+    peak_bytes: float | None  # of the whole process; None: the system does not tell
+    state_floats: int  # carried at the end of a text
+
+
 class Evaluation(NamedTuple):
     """What evaluate has left of one model: its figures of one metric; several seeds of questions are one."""
 
@@ -56,6 +66,9 @@ class Evaluation(NamedTuple):
     subject: Subject
     questions: dict[str, str]  # the settings that decide what was asked, in words
     points: list[Point]
+    measuring: dict[str, str]  # the settings that decide what it cost, in words
+    costs: list[Cost]
+    ends: dict[str, int]  # task -> the length at which texts no longer fit
 
     def point(self, panel: str, at: int, memory: str | None) -> Point | None:
         return next((point for point in self.points if point[:3] == (panel, at, memory)), None)
@@ -86,6 +99,19 @@ class Group(NamedTuple):
     def places(self, panel: str) -> list[int]:
         return places([self], panel)
 
+    def costs(self, task: str, name: str) -> dict[int, list[float]]:
+        """A field of its models' costs by length, as far as it was measured."""
+        found: dict[int, list[float]] = {}
+        for cost in sorted((cost for one in self.evaluations for cost in one.costs), key=lambda cost: cost.length):
+            value = getattr(cost, name)
+            if cost.task == task and value is not None:
+                found.setdefault(cost.length, []).append(value)
+        return found
+
+    def end(self, panel: str) -> int | None:
+        """The length at which texts no longer fit."""
+        return min((one.ends[panel] for one in self.evaluations if panel in one.ends), default=None)
+
 
 def read_groups(results: Sequence[str], metric: str) -> list[Group]:
     """Groups as they are named, NAME=DIR,DIR; plain directories by model, memory and questions. Raises InputError."""
@@ -107,6 +133,8 @@ def read_groups(results: Sequence[str], metric: str) -> list[Group]:
         if unlike := differences_of_questions(group.evaluations):
             raise InputError(f"--results {group.name}: not the same questions: {unlike}; make groups of them")
     groups += _alike([read_evaluation(uri, metric) for uri in plain])
+    if not panels(groups):
+        raise InputError(f"--results: no text fits, so that there is no {metric} to compare")
     segment_lens = {one.subject.segment_len for group in groups for one in group.evaluations}
     if metric == BY_SEGMENT and len(segment_lens) > 1:
         shown = " and ".join(map(str, sorted(segment_lens)))
@@ -129,7 +157,7 @@ def _alike(evaluations: Sequence[Evaluation]) -> list[Group]:
 def described(subject: Subject) -> str:
     """A model in words."""
     parameters = "" if subject.num_parameters is None else f", {subject.num_parameters:,} parameters"
-    return f"{subject.memory}, {subject.state_floats:,} floats{parameters}, segments of {subject.segment_len:,} tokens"
+    return f"{subject.memory}, {subject.floats}{parameters}, segments of {subject.segment_len:,} tokens"
 
 
 def _kind(subject: Subject) -> str:
@@ -139,7 +167,16 @@ def _kind(subject: Subject) -> str:
 
 def differences_of_questions(evaluations: Sequence[Evaluation]) -> str:
     """In one line: which settings are unlike and where; empty where all asked the same."""
-    unlike = {name: values for name, values in _by_setting(evaluations).items() if len(values) > 1}
+    return _unlike(_by_setting(evaluations))
+
+
+def differences_of_measuring(evaluations: Sequence[Evaluation]) -> str:
+    """The same of what decides costs."""
+    return _unlike(_by_setting([one._replace(questions=one.measuring) for one in evaluations if one.costs]))
+
+
+def _unlike(settings: Mapping[str, Mapping[str, Sequence[Evaluation]]]) -> str:
+    unlike = {name: values for name, values in settings.items() if len(values) > 1}
     return "; ".join(
         f"{name} is {' and '.join(f'{value} in {_shortened(mine)}' for value, mine in values.items())}"
         for name, values in unlike.items()
@@ -176,15 +213,39 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     written = [line for name in files for line in storage.read_bytes(storage.join(uri, name)).splitlines()]
     lines = pooled([json.loads(line) for line in written])
     found = [line for line in lines if line["metric"] == metric]
-    if not found:
+    unfit = [line for line in lines if line["metric"] == DOES_NOT_FIT]
+    if not found and any(line["metric"] != DOES_NOT_FIT for line in lines):
         known = ", ".join(sorted(set(distinct(lines, "metric")) - {AT_DEPTH}))
         raise InputError(f"{uri} has no {metric}; it has {known}")
     points = _points_by_segment(found) if metric == BY_SEGMENT else [
         Point(line["task"], line["length"], line.get("memory"), line) for line in found
     ]  # fmt: skip
     name = uri.rstrip("/").rpartition("/")[2]
-    asked = _questions(content.get("identity", {}), distinct(found, "task"), metric)
-    return Evaluation(name, uri.rstrip("/"), Subject(**content["model"]), asked, points)
+    identity = content.get("identity", {})
+    asked = _questions(identity, distinct([*found, *unfit], "task"), metric)
+    measuring = {name: _in_words(identity[name]) for name in _DECIDE_COST if name in identity}
+    has_ablations = identity.get("attention") != "full" and identity.get("ablations", True)
+    measuring["ablations"] = "measured too" if has_ablations else "left out"
+    ends = {task: min(line["length"] for line in unfit if line["task"] == task) for task in distinct(unfit, "task")}
+    subject = Subject(**content["model"])
+    return Evaluation(name, uri.rstrip("/"), subject, asked, points, measuring, _costs(lines, subject), ends)
+
+
+def _costs(lines: Sequence[Line], subject: Subject) -> list[Cost]:
+    found: dict[tuple[str, int], dict[str, Line]] = {}
+    for line in lines:
+        if line["metric"] in COSTS:
+            found.setdefault((line["task"], line["length"]), {})[line["metric"]] = line
+    return [
+        Cost(
+            task,
+            length,
+            seconds=mine[SECONDS]["value"] / mine[SECONDS]["num_texts"] if "num_texts" in mine[SECONDS] else None,
+            peak_bytes=mine[PEAK_BYTES]["value"] if PEAK_BYTES in mine else None,
+            state_floats=subject.floats_at(length),
+        )
+        for (task, length), mine in found.items()
+    ]
 
 
 def _points_by_segment(lines: Sequence[Line]) -> list[Point]:

@@ -1,8 +1,7 @@
 """Groups of evaluations as a plot: a panel for each task, a curve for each group, with a band over its models."""
 
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.ticker import EngFormatter
 from pipelines.tasks.base import MEMORIES
 from pipelines.tasks.comparison import BY_SEGMENT, Group, main_memory, panels, place_name, places
 from pipelines.tasks.cost import COSTS
-from pipelines.tasks.curves import End, grid, log_axis, name_ends, png, style
+from pipelines.tasks.curves import End, grid, legend_below, log_axis, mark_end, name_ends, png, style
 from pipelines.tasks.report import STYLES, short_length
 
 _UNITS = {
@@ -21,32 +20,26 @@ _UNITS = {
     "seconds": "wall clock of a run (s)",
     "peak_bytes": "peak memory of a run (bytes)",
 }
-_PANEL_INCHES = (7.2, 5.0)
-_LEGEND_LINE_INCHES = 0.2
-_LEGEND_LETTERS_PER_INCH = 13
+PANEL_INCHES = (7.2, 5.0)
 
 
 def plot(groups: Sequence[Group], metric: str, trained_len: int | None) -> bytes:
     """A PNG, a panel a task: the metric by length, or loss by segment; the trained range is shaded."""
     shown = panels(groups)
-    drawing, cells = grid(len(shown), _PANEL_INCHES)
+    drawing, cells = grid(len(shown), PANEL_INCHES)
     for cell, name in zip(cells, shown, strict=True):
-        _panel(cell, name, groups, metric, trained_len)
-    handles = {label: handle for cell in cells
-               for handle, label in zip(*cell.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    texts = [textwrap.fill(label, int(_LEGEND_LETTERS_PER_INCH * drawing.get_figwidth())) for label in handles]
-    num_lines = sum(text.count("\n") + 1 for text in texts)
-    drawing.set_figheight(drawing.get_figheight() + _LEGEND_LINE_INCHES * (num_lines + 1))
-    drawing.legend(handles.values(), texts, loc="outside lower left", fontsize=8, handlelength=5, frameon=False)
+        draw(cell, name, groups, metric, trained_len)
+    legend_below(drawing, cells)
     return png(drawing)
 
 
-def _panel(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_len: int | None) -> None:
+def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_len: int | None) -> None:
+    """A task's panel: a curve for each group, which ends where its texts no longer fit."""
     memory = main_memory(groups, name)
     ends = []
     for number, group in enumerate(groups):  # a group looks the same in every panel
         if group.places(name):
-            looks = {"label": _told(group, alone=len(groups) == 1), **style(number)}
+            looks = {"label": told(group, alone=len(groups) == 1), **style(number)}
             ends.append(_curve(panel, group, name, memory, looks, metric))
     if len(groups) == 1 and memory:
         for other in MEMORIES[1:]:
@@ -67,7 +60,7 @@ def _panel(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained
         name_ends(panel, [end for end in ends if end is not None])
 
 
-def _told(group: Group, *, alone: bool) -> str:
+def told(group: Group, *, alone: bool) -> str:
     """A line of the legend."""
     about = group.about if group.name == group.about else f"{group.name} ({group.about})"
     named = about if alone or about.startswith((f"{group.label} (", f"{group.label},")) else f"{group.label}: {about}"
@@ -83,22 +76,43 @@ def _axes(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_
         size = groups[0].evaluations[0].subject.segment_len
         label = f"segment index, means over a stretch (segments of {size:,} tokens)"
         marks, trained = [at + 1 for at in marks], None if trained_len is None else trained_len / size
+        log_axis(panel, marks, names, label)
+        _shade(panel, trained, trained_len)
         title = f"loss by segment, {name}"
     else:
-        trained = trained_len
-        marks = sorted({*marks, *([] if trained_len is None else [trained_len])})
-        names = [short_length(at) for at in marks]
-        label, title = "text length (tokens)", f"{name}: {metric.replace('_', ' ')} by length"
-    log_axis(panel, marks, names, label)
-    if trained is not None:
-        panel.axvspan(0.1, trained, color="0.9", zorder=0, label=f"trained on up to {trained_len:,} tokens")
+        length_axis(panel, name, groups, marks, trained_len)
+        title = f"{name}: {metric.replace('_', ' ')} by length"
     panel.set_title(title, fontsize=10)
 
 
+def length_axis(
+    panel: Axes, name: str, groups: Sequence[Group], lengths: Sequence[int], trained_len: int | None
+) -> None:
+    """Lengths as a logarithmic axis, the trained ones shaded, and where texts of a group no longer fit."""
+    ends = [(group.end(name), number) for number, group in enumerate(groups)]
+    found = {end for end, _ in ends if end is not None}
+    marks = sorted({*lengths, *found, *([] if trained_len is None else [trained_len])})
+    log_axis(panel, marks, [short_length(at) for at in marks], "text length (tokens)")
+    _shade(panel, trained_len, trained_len)
+    for end, number in ends:
+        if end is not None:
+            mark_end(panel, end, f"{groups[number].label} does not fit", style(number)["color"])
+
+
+def _shade(panel: Axes, trained: float | None, trained_len: int | None) -> None:
+    if trained is not None:
+        panel.axvspan(0.1, trained, color="0.9", zorder=0, label=f"trained on up to {trained_len:,} tokens")
+
+
 def _curve(panel: Axes, group: Group, name: str, memory: str | None, looks: dict[str, Any], metric: str) -> End | None:
-    """The mean, a band from the lowest to the highest, and a dot for each model."""
-    by_place = {at: group.values(name, at, memory) for at in group.places(name)}
-    points = [(at + (metric == BY_SEGMENT), values) for at, values in by_place.items() if values]
+    """Of one memory."""
+    by_place = {at + (metric == BY_SEGMENT): group.values(name, at, memory) for at in group.places(name)}
+    return curve(panel, by_place, group, looks)
+
+
+def curve(panel: Axes, by_place: Mapping[int, Sequence[float]], group: Group, looks: dict[str, Any]) -> End | None:
+    """The mean of a group's values, a band from the lowest to the highest, and a dot for each."""
+    points = [(at, values) for at, values in by_place.items() if values]
     if not points:
         return None
     x = [at for at, _ in points]

@@ -94,21 +94,30 @@ def _models(groups: Sequence[Group]) -> str:
         for about in dict.fromkeys(described(one.subject) for one in group.evaluations):
             mine = [one for one in group.evaluations if described(one.subject) == about]
             subject = mine[0].subject
-            sizes = (subject.state_floats, subject.num_parameters, subject.segment_len)
-            rows.append([group.label, subject.memory, *map(number, sizes), ", ".join(one.name for one in mine)])
-    return titled("models", ["group", "memory", "state floats", "parameters", "segment tokens", "models"], rows)
+            sizes = map(number, (subject.num_parameters, subject.segment_len))
+            rows.append([group.label, subject.memory, subject.floats, *sizes, ", ".join(one.name for one in mine)])
+    return titled("models", ["group", "memory", "state", "parameters", "segment tokens", "models"], rows)
 
 
 def _side_by_side(groups: Sequence[Group], panel: str, metric: str) -> str:
     """A row a place, a column a group: the mean over its models."""
     memory = main_memory(groups, panel)
     rows = [
-        [place_name(groups, panel, at, metric), *(number(group.mean(panel, at, memory)) for group in groups)]
+        [
+            place_name(groups, panel, at, metric),
+            *(shown(group, panel, at, group.mean(panel, at, memory)) for group in groups),
+        ]
         for at in places(groups, panel)
     ]
     told = f", {memory} memory" if memory else ""
     heads = [_place_head(metric), *(group.label for group in groups)]
     return titled(f"{panel}: {metric}{told}, means over models", heads, rows, UNITS.get(metric))
+
+
+def shown(group: Group, panel: str, at: int, value: float | None) -> str:
+    """A value of a table, or that the texts do not fit."""
+    end = group.end(panel)
+    return "does not fit" if value is None and end is not None and at >= end else number(value)
 
 
 def _every_model(group: Group, panel: str, metric: str) -> tuple[list[str], list[list[str]]]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ _LINES: tuple[Any, ...] = ("-", (0, (6, 2)), "-.", (0, (1, 1.5)), (0, (6, 1.5, 1
 _GREYS = ("black", "0.45")
 _LEAST_GAP = 0.055  # between names, of a panel's height
 _COLUMNS = 3  # of panels
+_LEGEND_LINE_INCHES = 0.2
+_LEGEND_LETTERS_PER_INCH = 13
 
 
 class End(NamedTuple):
@@ -57,6 +60,23 @@ def name_ends(panel: Axes, ends: Sequence[End]) -> None:
         )
 
 
+def mark_end(panel: Axes, x: float, words: str, color: str) -> None:
+    """A dotted line, with its meaning along it, where something stops."""
+    panel.axvline(x, color=color, linestyle=":", linewidth=1.2)
+    panel.annotate(
+        words,
+        (x, 0.5),
+        xycoords=panel.get_xaxis_transform(),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="center",
+        fontsize=8,
+        color=color,
+    )
+
+
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Rising heights in [0, 1], moved as little as keeps them `gap` apart: around their middle."""
     clusters: list[list[float]] = []
@@ -77,15 +97,25 @@ def _highest(cluster: Sequence[float], gap: float) -> float:
     return _lowest(cluster, gap) + (len(cluster) - 1) * gap
 
 
-def grid(num_panels: int, size: tuple[float, float]) -> tuple[Drawing, list[Axes]]:
+def grid(num_panels: int, size: tuple[float, float], most_columns: int = _COLUMNS) -> tuple[Drawing, list[Axes]]:
     """A drawing with so many panels of this size in inches."""
-    columns, rows = min(num_panels, _COLUMNS), -(-num_panels // _COLUMNS)
+    columns, rows = min(num_panels, most_columns), -(-num_panels // most_columns)
     drawing = Drawing(figsize=(size[0] * columns, size[1] * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
     cells = list(drawing.subplots(rows, columns, squeeze=False).flat)
     for cell in cells[num_panels:]:
         cell.remove()
     return drawing, cells[:num_panels]
+
+
+def legend_below(drawing: Drawing, cells: Sequence[Axes]) -> None:
+    """One legend for all panels, in as many lines more as it needs."""
+    handles = {label: handle for cell in cells
+               for handle, label in zip(*cell.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    texts = [textwrap.fill(label, int(_LEGEND_LETTERS_PER_INCH * drawing.get_figwidth())) for label in handles]
+    num_lines = sum(text.count("\n") + 1 for text in texts)
+    drawing.set_figheight(drawing.get_figheight() + _LEGEND_LINE_INCHES * (num_lines + 1))
+    drawing.legend(handles.values(), texts, loc="outside lower left", fontsize=8, handlelength=5, frameon=False)
 
 
 def png(drawing: Drawing) -> bytes:

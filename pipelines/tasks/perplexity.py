@@ -22,6 +22,7 @@ from pipelines.tasks.base import (
     Figure,
     Material,
     batch_sizes,
+    begin,
     check_length,
     device_of,
     given,
@@ -52,7 +53,7 @@ class Perplexity:
 
     def measure(self, model: RecurrentModel, length: int, material: Material) -> list[Figure]:
         rows = _rows(length, model.segment_len, material)
-        memories = memories_for(len(rows))
+        memories = memories_for(len(rows), material)
         sums: dict[str, np.ndarray] = {}  # memory -> (K,) nats
         num_bytes = 0
         for batch in _batches(rows, material.batch_size):
@@ -70,13 +71,14 @@ def batch_losses(model: RecurrentModel, texts: np.ndarray, memories: Sequence[st
     device = device_of(model)
     labels = torch.from_numpy(texts.astype(np.int64)).to(device)
     losses: dict[str, list[Tensor]] = {memory: [] for memory in memories}
-    state = model.init_state(len(texts))
-    for part in segments([[text[:-1]] for text in texts], model.segment_len, device):
+    state = begin(model, len(texts), texts.shape[1] - 1)
+    for part in segments([[text[:-1]] for text in texts], model.step_len, device):
         asked = labels[:, part.start + 1 : part.start + 1 + part.tokens.shape[1]]
         carried = state
         for memory in memories:
             out, new = model.step(part.tokens, given(memory, carried))
-            losses[memory].append(_losses(model, out.hidden, asked))
+            pairs = zip(out.hidden.split(model.segment_len, 1), asked.split(model.segment_len, 1), strict=True)
+            losses[memory].extend(_losses(model, *pair) for pair in pairs)
             state = new if memory == TRUE else state
     return {memory: torch.stack(sums, 1).cpu().numpy() for memory, sums in losses.items()}
 

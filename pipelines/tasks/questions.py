@@ -27,6 +27,7 @@ from pipelines.tasks.base import (
     Material,
     Part,
     batch_sizes,
+    begin,
     check_length,
     device_of,
     given,
@@ -35,7 +36,7 @@ from pipelines.tasks.base import (
     segments,
 )
 from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
-from rmt_core import RecurrentModel
+from rmt_core import FullContext, Output, RecurrentModel
 from rmt_core.state import State
 
 _NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
@@ -53,6 +54,15 @@ class Marks(NamedTuple):
 
     right: dict[str, list[np.ndarray]]  # memory -> for each sample which answers are right, (num answers,) bool
     scores: dict[str, list[dict[str, float]]]  # memory -> for each sample mark by metric
+
+
+class _Read(NamedTuple):
+    """A part of the texts that a model has read."""
+
+    part: Part
+    before: State
+    out: Output
+    after: State
 
 
 class QuestionTask:
@@ -97,7 +107,7 @@ class QuestionTask:
 
 def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], material: Material) -> list[Figure]:
     """The figures of samples 0 to num - 1, of which no more than a batch is there at once."""
-    memories = memories_for(num)
+    memories = memories_for(num, material)
     samples: list[Sample] = []
     marks = Marks({memory: [] for memory in memories}, {memory: [] for memory in memories})
     for size in batch_sizes(num, material.batch_size):
@@ -170,9 +180,10 @@ def batch_marks(
         {memory: [np.ones(len(sample.answers), dtype=bool) for sample in samples] for memory in memories},
         {memory: [{} for _ in samples] for memory in memories},
     )
-    state = model.init_state(len(samples))
+    most_written = max(sample.max_new_tokens for sample in samples)
+    state = begin(model, len(samples), max(sample.num_tokens for sample in samples) - 1 + most_written)
     skimmer = rmt_core.Skimmer(model)
-    for part in segments([_all_but_the_last(sample) for sample in samples], model.segment_len, device):
+    for part in segments([_all_but_the_last(sample) for sample in samples], model.step_len, device):
         first, last = np.searchsorted(asked[:, 1], (part.start, part.start + part.tokens.shape[1]))
         here = asked[first:last]
         if not len(here):
@@ -186,7 +197,7 @@ def batch_marks(
             wrong = here[_chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start) != here[:, 2]]
             for row, answer in wrong[:, [0, 3]].tolist():
                 marks.right[memory][row][answer] = False
-            _score(model, samples, part, before, tokenizer, marks.scores[memory])
+            _score(model, samples, _Read(part, before, out, new), tokenizer, marks.scores[memory])
     return marks
 
 
@@ -213,28 +224,39 @@ def _asked(samples: Sequence[Sample]) -> np.ndarray:
 def _score(
     model: RecurrentModel,
     samples: Sequence[Sample],
-    part: Part,
-    before: State,
+    read: _Read,
     tokenizer: Tokenizer,
     scores: list[dict[str, float]],
 ) -> None:
-    """Let those rows write whose last answer begins behind a token of this segment, and mark what they wrote."""
+    """Let those rows write whose last answer begins behind a token of this part, and mark what they wrote."""
+    part = read.part
     places = [sample.answers[-1].at - part.start for sample in samples]
-    rows = [
-        row
+    rows = {
+        row: at
         for row, (sample, at) in enumerate(zip(samples, places, strict=True))
         if sample.scorers and 0 < at <= part.tokens.shape[1]
-    ]
+    }
     if not rows:
         return
-    session = rmt_core.open_session(model, len(rows))._replace(state=rmt_core.state.select(before, rows))
-    most = max(samples[row].max_new_tokens for row in rows)
-    prompts = [part.tokens[row, : places[row]].tolist() for row in rows]
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    written = rmt_core.generate(model, prompts, most, session=session, stop_tokens=ends).tokens
-    for row, tokens in zip(rows, written, strict=True):
+    most = max(samples[row].max_new_tokens for row in rows)
+    for row, tokens in zip(rows, _written(model, read, rows, most, ends), strict=True):
         text = tokenizer.decode(tokens[: samples[row].max_new_tokens])
         scores[row] = {scorer.metric: scorer.mark(text) for scorer in samples[row].scorers}
+
+
+def _written(
+    model: RecurrentModel, read: _Read, rows: dict[int, int], most: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """What rows write behind so many tokens of the part that was read."""
+    if isinstance(model, FullContext):
+        return [
+            model.write(read.after, row, (read.part.start + at, read.out.hidden[row, at - 1]), most, ends)
+            for row, at in rows.items()
+        ]
+    session = rmt_core.open_session(model, len(rows))._replace(state=rmt_core.state.select(read.before, list(rows)))
+    prompts = [read.part.tokens[row, :at].tolist() for row, at in rows.items()]
+    return rmt_core.generate(model, prompts, most, session=session, stop_tokens=ends).tokens
 
 
 def _chosen(model: RecurrentModel, hidden: Tensor, rows: np.ndarray, places: np.ndarray) -> np.ndarray:

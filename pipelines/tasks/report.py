@@ -14,12 +14,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from pipelines.tasks.base import MEMORIES, TRUE
+from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
+from pipelines.tasks.curves import mark_end
 from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, wilson_interval
 
 Line = Mapping[str, Any]
 
 FORMAT = "rmt-evaluation-1"  # of an evaluation's directory, as its configuration says
+FULL_ATTENTION = "full attention"  # in place of a memory
 METRICS, COST_LINES, CONFIG = "metrics.jsonl", "costs.jsonl", "config.json"  # of its files
 
 UNITS = {
@@ -53,6 +55,18 @@ class Subject(NamedTuple):
     held_out: str  # in words
     seed: str  # in words: one or more
     num_parameters: int | None = None  # of the whole model; None: an evaluation from before this was told
+    floats_per_token: int = 0  # that full attention carries; 0: the state is the same at every length
+    made_for: int | None = None  # under full attention: the segments that the model was made to read
+    max_positions: int | None = None  # under full attention: those that the backbone was made for
+
+    def floats_at(self, length: int) -> int:
+        """What is carried at the end of a text."""
+        return self.state_floats + self.floats_per_token * length
+
+    @property
+    def floats(self) -> str:
+        """The same in words."""
+        return f"{self.floats_per_token:,} floats a token" if self.floats_per_token else f"{self.state_floats:,} floats"
 
 
 def short_length(length: int) -> str:
@@ -97,15 +111,20 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
         f"# Evaluation of {subject.name}",
         f"Model `{subject.fingerprint[:16]}`: memory {subject.memory}; {parameters}"
         f"segments of {subject.segment_len:,} tokens; "
-        f"the state is {subject.state_floats:,} floats, whatever the length.\n"
+        f"the state is {subject.floats}{'' if subject.floats_per_token else ', whatever the length'}.\n"
         f"Held-out text: {subject.held_out}. Seed {subject.seed}.",
-        "\n".join(f"- **{memory}** memory: {ABOUT[memory]}" for memory in MEMORIES),
+        _about_full(subject)
+        if subject.floats_per_token
+        else "\n".join(f"- **{memory}** memory: {ABOUT[memory]}" for memory in MEMORIES),
     ]
     for task in distinct(lines, "task"):
         mine = [line for line in lines if line["task"] == task]
         parts.append(f"## {task}")
         for metric in distinct(mine, "metric"):
             chosen = [line for line in mine if line["metric"] == metric]
+            if metric == DOES_NOT_FIT:
+                parts.append(_ends(chosen))
+                continue
             curves = any("segment" in line for line in chosen)
             table = _depth_table if metric == AT_DEPTH else _table
             parts.extend(_curve_tables(metric, chosen) if curves else [table(metric, chosen)])
@@ -113,11 +132,25 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _about_full(subject: Subject) -> str:
+    return (
+        "Every token sees the whole text before it, through the keys and values of each layer: figures stand under "
+        f"*true*. The model was made to read {subject.made_for:,} tokens at once, its backbone for "
+        f"{subject.max_positions:,} positions; what longer texts give is shown as it is."
+    )
+
+
+def _ends(lines: Sequence[Line]) -> str:
+    """Where nothing was measured, and why."""
+    return "\n".join(f"- {line['length']:,} tokens do not fit: {line['reason']}." for line in lines)
+
+
 def _table(metric: str, lines: Sequence[Line]) -> str:
     """A row a length, a column a memory; samples and chance where they apply."""
     extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
     rows = []
-    columns: Sequence[str | None] = MEMORIES if any("memory" in line for line in lines) else [None]
+    told = {line.get("memory") for line in lines}
+    columns: Sequence[str | None] = MEMORIES if ZEROED in told else [TRUE if TRUE in told else None]
     for length in distinct(lines, "length"):
         found = {line.get("memory"): line for line in lines if line["length"] == length}
         first = next(iter(found.values()))
@@ -148,11 +181,13 @@ def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
     for length in distinct(lines, "length"):
         curves = {memory: curve_of(lines, length, memory) for memory in MEMORIES}
         size = max(len(curve) for curve in curves.values())
+        if not curves[ZEROED]:
+            curves = {TRUE: curves[TRUE]}
         rows = []
         for start, end in stretches(size):
             means = [number(mean_loss(curve[start:end]) if curve else None) for curve in curves.values()]
             rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *means])
-        tables.append(titled(f"{metric} at {length:,} tokens", ["segment", *MEMORIES], rows, UNITS.get(metric)))
+        tables.append(titled(f"{metric} at {length:,} tokens", ["segment", *curves], rows, UNITS.get(metric)))
     return tables
 
 
@@ -185,7 +220,7 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
     told = [line for line in lines if "memory" in line]
     measured = [{line["memory"] for line in told if line["length"] == length} for length in distinct(lines, "length")]
-    if any(memories != set(MEMORIES) for memories in measured):
+    if any(memories == {TRUE, ZEROED} for memories in measured):
         notes.append("A dash: a single row has no neighbour to be shuffled with.")
     return notes
 
@@ -230,8 +265,9 @@ def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
     lines = pooled(lines)
     curves = [line for line in lines if line["metric"] == "loss_by_segment"]
     answers = _by_task(lines, ACCURACY)
+    ends = _by_task(lines, DOES_NOT_FIT)
     depths = _by_task(lines, AT_DEPTH)
-    num_panels = bool(curves) + len(answers) + len(depths)
+    num_panels = max(1, bool(curves) + len(answers) + len(depths))
     columns, rows = min(num_panels, _COLUMNS), -(-num_panels // _COLUMNS)
     drawing = Drawing(figsize=(6.4 * columns, 5.0 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
@@ -239,13 +275,13 @@ def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
     if curves:
         _plot_curves(panels.pop(0), curves, subject)
     for task, mine in answers.items():
-        _plot_accuracy(panels.pop(0), task, mine)
+        _plot_accuracy(panels.pop(0), task, mine, ends.get(task, []))
     for task, mine in depths.items():
         _plot_depths(panels.pop(0), task, mine)
     for panel in panels:
         panel.remove()
     drawing.suptitle(
-        f"{subject.name}: memory {subject.memory}, state of {subject.state_floats:,} floats, "
+        f"{subject.name}: memory {subject.memory}, state of {subject.floats}, "
         f"segments of {subject.segment_len:,} tokens",
         fontsize=10,
         wrap=True,
@@ -298,8 +334,8 @@ def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
     panel.legend(title="memory")
 
 
-def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line]) -> None:
-    lengths = sorted(distinct(lines, "length"))
+def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence[Line]) -> None:
+    lengths = sorted({*distinct(lines, "length"), *distinct(ends, "length")})
     for shift, memory in zip((1.0, 0.97, 1.03), MEMORIES, strict=True):  # apart, so that intervals can be read
         chosen = sorted((line for line in lines if line["memory"] == memory), key=lambda line: line["length"])
         if not chosen:
@@ -312,6 +348,8 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line]) -> None:
     panel.axhline(lines[0]["chance"], color="grey", linestyle=":", label=f"chance ({lines[0]['chance']:.3g})")
     length_axis(panel, lengths)
     panel.set_ylim(-0.03, 1.03)
+    if ends:
+        mark_end(panel, min(distinct(ends, "length")), "does not fit", "black")
     panel.set_ylabel("accuracy (95 % interval)")
     panel.set_title(f"{task}: {lines[0]['num_samples']} samples a length", fontsize=10)
     panel.grid(alpha=0.3)

@@ -1,6 +1,8 @@
 """Running one task at one length, wherever it is sent: the model is loaded where it is used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
@@ -9,9 +11,16 @@ from pipelines import storage
 from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.tasks import TASKS
-from pipelines.tasks.base import Figure, Material
+from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
 from pipelines.tasks.cost import Meter
-from rmt_core import RecurrentModel
+from rmt_core import DoesNotFitError, FullContext, RecurrentModel
+
+
+class Full(NamedTuple):
+    """Reading with full attention."""
+
+    max_bytes: int  # that keys and values of the texts read at once may take
+    segment_len: int | None = None  # of the segments by which facts are placed; None: the model's
 
 
 @dataclass(frozen=True)
@@ -23,14 +32,34 @@ class Run:
     model: str  # URI of its directory
     device: str
     seed: int  # of what is drawn
+    full: Full | None = None  # None: segment by segment
 
 
 def measure(run: Run, material: Material) -> list[Figure]:
-    """The figures of a run, and what it cost once the model was there."""
+    """The figures of a run, and what it cost once the model was there; or why the texts do not fit."""
     model, _ = load(run.model, run.device)
+    reader = reading(model, run.full)
     meter = Meter(run.device)
-    figures = TASKS[run.task].measure(model, run.length, replace(material, seed=run.seed))
-    return [*figures, *meter.figures()]
+    try:
+        figures = TASKS[run.task].measure(reader, run.length, replace(material, seed=run.seed))
+    except DoesNotFitError as error:
+        return [Figure(DOES_NOT_FIT, float(error.num_bytes), reason=str(error))]
+    num_texts = _num_texts(figures, run.length)
+    return [*figures, *(figure._replace(num_texts=num_texts) for figure in meter.figures())]
+
+
+def reading(model: RecurrentModel, full: Full | None) -> RecurrentModel:
+    """The model as it reads. Raises ValueError where it cannot with full attention."""
+    return model if full is None else FullContext(model, **full._asdict())
+
+
+def _num_texts(figures: Sequence[Figure], length: int) -> int:
+    """How many were read: samples, or rows of which all tokens but the first are predicted."""
+    first = figures[0]
+    if first.num_samples is not None:
+        return first.num_samples
+    assert first.num_tokens is not None
+    return first.num_tokens // (length - 1)
 
 
 def load(uri: str, device: str = "cpu") -> tuple[RecurrentModel, Tokenizer]:

@@ -44,6 +44,16 @@ def evaluation(folder: Path, lines: list[dict[str, Any]], asked: dict[str, Any] 
     return str(folder)
 
 
+def costs(values: dict[int, float]) -> list[dict[str, Any]]:
+    """Of 8 texts of detect, by length: seconds of all, and as many megabytes."""
+    line = {"task": "detect", "num_texts": 8, "seed": 0}
+    return [
+        {**line, "length": length, "metric": metric, "value": value * by}
+        for length, value in values.items()
+        for metric, by in (("seconds", 1.0), ("peak_bytes", 1e6))
+    ]
+
+
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert compare.main(words) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -175,6 +185,39 @@ def test_names_of_curves_are_kept_apart_and_beside_the_panel() -> None:
         assert min(b - a for a, b in itertools.pairwise(apart)) > 0.1 - 1e-9
         assert min(apart) >= 0
         assert max(apart) <= 1
+
+
+def test_costs_stand_beside_accuracy_to_where_texts_no_longer_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memories = [
+        evaluation(tmp_path / f"rmt-{i}", [*answers({1024: 1.0, 4096: 1.0}), *costs({1024: 8.0 + i, 4096: 32.0})])
+        for i in (0, 2)
+    ]
+    end = {"task": "detect", "length": 4096, "metric": "does_not_fit", "value": 1e9, "reason": "too long", "seed": 0}
+    lines = [*answers({1024: 0.5}), end, *costs({1024: 80.0})]
+    about = {"memory": "full attention", "state_floats": 0, "floats_per_token": 64}
+    full = evaluation(tmp_path / "full", lines, {"attention": "full"}, **about)
+    found = run(["--results", *memories, full, "--output", str(tmp_path / "out"), "--trained-len", "384"], capsys)
+    assert "full attention, 64 floats a token, 1,000 parameters, segments of 24 tokens" in found["models"]
+    assert row(found, "detect: accuracy, true memory", "4,096") == ["4,096", "1.0000", "does not fit"]
+    beside = {"table": found["cost_table"]}
+    assert row(beside, "detect: time a text", "1,024") == ["1,024", "1.1250", "10.0000"]
+    assert row(beside, "detect: time a text", "4,096") == ["4,096", "4.0000", "does not fit"]
+    assert row(beside, "detect: peak memory", "1,024") == ["1,024", "9,000,000", "80,000,000"]
+    assert row(beside, "detect: carried", "1,024") == ["1,024", "256.0000", "65,536"]
+    text = Path(found["cost_table"]).read_text()
+    assert "ablations is measured too in" in text
+    assert "three passes in place of one" in text
+    assert Path(found["cost_plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_nothing_fits_there_is_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    end = {"task": "detect", "length": 4096, "metric": "does_not_fit", "value": 1e9, "reason": "too long", "seed": 0}
+    full = evaluation(tmp_path / "full", [end], floats_per_token=64)
+    (tmp_path / "full" / METRICS).write_text(json.dumps(end) + "\n")
+    assert compare.main(["--results", full, "--output", str(tmp_path / "out")]) == 2
+    assert "no text fits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,21 @@ def test_bfloat16_reads_without_surprise(kind: str) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, ACROSS), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@torch.inference_mode()
+def test_full_attention_in_pieces_is_that_of_the_whole(family: str, dtype: torch.dtype, error: float) -> None:
+    """Each type has kernels of its own."""
+    model = rmt_core.FullContext(on("cuda", "none", family=family, stirred=0.05).to(dtype))
+    tokens = tokens_like(B, 33).cuda()
+    wanted = model.backbone.lm(input_ids=tokens, use_cache=False).logits.double()
+    state, found = model.init_state(B, 33), []
+    for part in tokens.split([7, 1, 20, 5], 1):
+        out, state = model.step(part, state)
+        found.append(out.logits.double())
+    assert float((torch.cat(found, 1) - wanted).norm() / wanted.norm()) < error
+
+
 @pytest.mark.parametrize("name", ["rmt", "rmt-r", "rmt-5-read", "xl", "armt"])
 def test_skimming_leaves_the_state_that_steps_leave(name: str) -> None:
     """Recorded for the first three; a short segment and one of other rows in between, and a state from elsewhere."""
