@@ -103,6 +103,8 @@ class Engine:
         )
         self.readers: dict[int, Reader] = {}
         self.num_steps = 0
+        self._changed: list[Reader] = []  # since their next work was looked up
+        self._works: dict[int, Work[Reader]] = {}  # by reader, the longest waiting first
         self._waiting: deque[Reader] = deque()
         self._cancelled: deque[Reader] = deque()
         self._events: list[tuple[Reader, Event]] = []
@@ -158,18 +160,19 @@ class Engine:
             self._leave(self._cancelled.popleft())
         while self._waiting:
             self._enter(self._waiting.popleft())
-        self._choose_tokens()
+        self._look_up()
         self.num_steps += 1
         batch = self.scheduler.choose(self._ready(), self.sizes.largest)
         if batch:
             self._run(batch)
-            self._choose_tokens()
+            self._look_up()
         return self._events
 
     def _enter(self, reader: Reader) -> None:
         if reader.left:
             return
         self.readers[reader.number] = reader
+        self._changed.append(reader)
         reader.since = self.num_steps
         if self.settings.prefix_bytes:
             self._use_prefixes(reader)
@@ -177,21 +180,28 @@ class Engine:
     def _leave(self, reader: Reader) -> None:
         reader.left = True
         self.readers.pop(reader.number, None)
+        self._works.pop(reader.number, None)
         self.slots.release(reader)
+
+    def _look_up(self) -> None:
+        """Choose the next tokens of readers that changed; what these need next comes behind all other work."""
+        changed, self._changed = self._changed, []
+        self._choose_tokens([reader for reader in changed if not reader.left and reader.work() is None])
+        for reader in changed:
+            self._works.pop(reader.number, None)
+            if not reader.left and (work := reader.work()) is not None:
+                self._works[reader.number] = Work(reader, *work, reader.since)
 
     def _ready(self) -> list[Work[Reader]]:
         """What can be run now. Where slots are free, those that wait longest get them."""
         ready = []
         num_free = self.slots.num_free
-        for reader in sorted(self.readers.values(), key=lambda reader: reader.since):
-            if (work := reader.work()) is None:
-                continue
-            kind, shape = work
-            if shape.stage == "open" and reader.slot is None:
+        for work in self._works.values():
+            if work.shape.stage == "open" and work.owner.slot is None:
                 if not num_free:
                     continue
                 num_free -= 1
-            ready.append(Work(reader, kind, shape, reader.since))
+            ready.append(work)
         return ready
 
     # --- a batch ------------------------------------------------------------------------------------
@@ -200,6 +210,7 @@ class Engine:
         shape = batch[0].shape
         stages = {"close": self._close, "open": self._open, "extend": self._extend}
         readers = [work.owner for work in batch]
+        self._changed += readers
         for reader in readers:
             reader.since = self.num_steps
             if shape.stage == "open":
@@ -275,9 +286,8 @@ class Engine:
 
     # --- tokens and ends ----------------------------------------------------------------------------
 
-    def _choose_tokens(self) -> None:
-        """The next token of all that have a hidden state to choose it from; what then is complete leaves."""
-        ready = [reader for reader in self.readers.values() if reader.work() is None]
+    def _choose_tokens(self, ready: Sequence[Reader]) -> None:
+        """The next token of those that have a hidden state to choose it from; what then is complete leaves."""
         writing = [reader for reader in ready if reader.writes]
         for start in range(0, len(writing), self.settings.num_slots):
             self._isolated(self._choose, writing[start : start + self.settings.num_slots])

@@ -27,6 +27,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("the", "memory", "of", "a", "long", "book", "is", "a", "state", "of", "constant", "size", "and", "reads", "on")
+SEGMENT_LEN = 32  # tokens: a session reads up to 2,000 at once
 GROWTH_FRACTION, GROWTH_BYTES = 0.05, 32 * 2**20  # of resident memory, after the warm-up, whichever is more
 WARM_UP_FRACTION = 0.3  # of the time
 KEEPALIVE_S = 2.0  # shorter than any server's: a connection that is closed as it is used again would be no fault of it
@@ -190,10 +191,12 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def own_server() -> Iterator[str]:
     """The address of a server of a tiny model, ended afterwards."""
     import rmt_core
-    from tests.pipelines.serving_http import BYTES, MODEL
+    from tests.pipelines.serving_http import BYTES
+    from tests.rmt_core.tiny import RMT, tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        rmt_core.save(Path(folder) / "tiny", MODEL, tokenizer=BYTES)
+        model = tiny_model(RMT, segment_len=SEGMENT_LEN, vocab_size=BYTES.vocab_size)
+        rmt_core.save(Path(folder) / "tiny", model, tokenizer=BYTES)
         words = [sys.executable, str(ROOT / "pipelines" / "serve.py"), "--model", f"{folder}/tiny", "--port", "0"]
         words += [
             "--store",
