@@ -27,7 +27,8 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("the", "memory", "of", "a", "long", "book", "is", "a", "state", "of", "constant", "size", "and", "reads", "on")
-SEGMENT_LEN = 32  # tokens: a session reads up to 2,000 at once
+SEGMENT_LEN = 32  # tokens
+MOST_WORDS = 120  # that a session reads at once: so many sessions can be served on two cores, clients and all
 GROWTH_FRACTION, GROWTH_BYTES = 0.05, 32 * 2**20  # of resident memory, after the warm-up, whichever is more
 WARM_UP_FRACTION = 0.3  # of the time
 KEEPALIVE_S = 2.0  # shorter than any server's: a connection that is closed as it is used again would be no fault of it
@@ -65,7 +66,7 @@ class Load:
                 self.faults[type(error).__name__] += 1
 
     async def _read(self, session: str, chance: random.Random) -> None:
-        text = " ".join(chance.choices(WORDS, k=chance.randint(1, 400))).encode()
+        text = " ".join(chance.choices(WORDS, k=chance.randint(1, MOST_WORDS))).encode()
         vanishes = chance.random() < 0.1
 
         async def chunks() -> AsyncIterator[bytes]:
