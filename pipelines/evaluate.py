@@ -325,7 +325,11 @@ def _shown(value: Any) -> str:
 def _measure(
     runs: Sequence[Run], material: Material, keep: Callable[[Run, list[Figure]], None]
 ) -> dict[Run, list[Figure]]:
-    """The figures of each run, one Ray task each, the longest first; each is kept when it ends."""
+    """The figures of each run, one Ray task each, the longest first; each is kept when it ends.
+
+    What is still running when this fails ends with the job's connection to Ray. It is not cancelled before: Ray 2.60
+    aborts a driver whose task ends in the moment that it is cancelled.
+    """
     num_gpus = 1 if runs[0].device == "cuda" else 0
     where = pool("train" if num_gpus else "data")
     if num_gpus > ray.cluster_resources().get("GPU", 0) and not where:  # an idle pool has none, and grows
@@ -352,10 +356,6 @@ def _measure(
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from error
         raise
-    finally:
-        for ref, run in waiting.items():
-            if run not in found:
-                ray.cancel(ref)
     return found
 
 

@@ -91,7 +91,7 @@ def test_seeds_are_runs_of_their_own_beside_one_another(
 
     monkeypatch.setattr(train, "_fit", fit)
     monkeypatch.setattr(train, "publish", lambda config: f"{config.output}/model")
-    monkeypatch.setattr(train, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(train, "_connected", contextlib.nullcontext)
     monkeypatch.setattr(train, "check_storage", lambda *_: 1)
     words = ["tiny", "--seed", "5", "--output", str(tmp_path / "runs")]
     assert train.main([*words, "--seeds", "2"]) == 0
