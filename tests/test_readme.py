@@ -111,7 +111,7 @@ def cluster(place: Place) -> Iterator[Head]:
 
 
 # Commands that no other one needs: with the long tests.
-LAST = ("benchmark.py", "s3://my-bucket", "train.py detect", "--dry-run", "pictures.py", "summarise.py")
+LAST = ("benchmark.py", "s3://my-bucket", "train.py detect", "pictures.py", "summarise.py")
 FIRST = ("--output runs/novels --tokenizer", "--output runs/first ")  # of those that make the model `runs/first/model`
 
 
