@@ -12,6 +12,7 @@ from traceback import format_tb
 from urllib.parse import urlsplit
 
 from fastapi.exceptions import HTTPException
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,7 +68,7 @@ class Guard:
             await self.app(scope, _Body(scope, receive, self.config).receive, answer)
         except ApiError as error:
             await error.response(_challenge(scope, error))(scope, receive, answer)
-        except ClientDisconnect:
+        except (ClientDisconnect, TaskCancelledError):  # the latter is how Ray Serve may say it
             pass  # nobody is there to be answered
         except Exception as error:  # the border: its message may hold what the user wrote, so neither shown nor logged
             where = "".join(format_tb(error.__traceback__))

@@ -1,6 +1,8 @@
 """Sessions and summaries over HTTP: texts in any chunks, forks, retries, disconnects."""
 
+import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -8,9 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.exceptions import TaskCancelledError
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from pipelines.serving.store_memory import MemoryStore
-from tests.pipelines.serving_http import NAME, SEGMENT_LEN, Running, running, until, written
+from tests.pipelines.serving_http import NAME, SEGMENT_LEN, Running, make_app, make_config, running, until, written
 
 TEXT = "Zürich — „Grüße“ 日本語, a text whose characters take from one byte to four: 🙂."
 LONG_TEXT = "".join(f"{i} " for i in range(100_000))  # tens of thousands of segments, none of them like another
@@ -264,3 +269,25 @@ def test_many_clients_at_once_get_what_each_gets_alone(server: Running) -> None:
     for thread in threads:
         thread.join()
     assert found == {text: written(text.encode(), 9) for text in texts}
+
+
+@pytest.mark.parametrize("gone", [ClientDisconnect(), TaskCancelledError()], ids=["starlette", "ray"])
+def test_a_client_that_goes_before_its_body_has_come_is_no_failure(
+    gone: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, front = make_app(make_config())
+    sent = []
+
+    async def receive() -> Message:
+        raise gone
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"text/plain")]
+    path = "/v1/sessions/s/append"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert sent == []
+    assert "failed" not in caplog.text
+    assert re.findall(r'rmt_answers_total{.*/append",status="(\d+)"}', front.metrics.text().decode()) == ["0"]
