@@ -8,17 +8,17 @@ Axes: B rows, T tokens, S positions that a layer sees, P positions of context, D
 
 from __future__ import annotations  # torch.compile cannot evaluate those of functions made while it traces
 
-import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .backbone_config import config_from, supported
 from .grouped import folded_attention
 from .memory.base import Attention, Block, Context, Dimensions, Heads, take, weave
 
@@ -338,49 +338,15 @@ def _make_attention_known() -> None:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The adapter of a model's family; a ValueError that lists the families when there is none."""
-    family = FAMILIES[supported(config.model_type)]
+    family = FAMILIES[supported(config.model_type, FAMILIES)]
     if reason := family.refusal(config):
         raise ValueError(f"this {config.model_type} backbone is not supported: {reason}")
     return family
 
 
-def supported(kind: Any, families: Collection[str] = FAMILIES) -> str:
-    """The name of a family, or a ValueError with the list of those there are."""
-    if kind not in families:
-        raise ValueError(f"backbone {kind!r} is not supported; supported are {', '.join(sorted(families))}")
-    return kind
-
-
-def config_from(
-    source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str] = FAMILIES
-) -> PretrainedConfig:
-    """A backbone's configuration, of a Hugging Face directory, a dictionary with `model_type` or itself; ValueError."""
-    if isinstance(source, PretrainedConfig):
-        return source
-    if not isinstance(source, str | Path | dict):
-        raise ValueError(f"backbone is {source!r}; give a directory saved by Hugging Face, or a configuration")
-    settings = dict(source) if isinstance(source, dict) else _saved_settings(Path(source) / "config.json")
-    kind = supported(settings.pop("model_type", None), families)
-    try:
-        if isinstance(source, dict):
-            return AutoConfig.for_model(kind, **settings)
-        return AutoConfig.from_pretrained(str(source), local_files_only=True)
-    except Exception as error:  # transformers has kinds of its own for values that it refuses
-        raise ValueError(f"the {kind} backbone's configuration is not valid: {' '.join(str(error).split())}") from error
-
-
-def _saved_settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"backbone {str(file.parent)!r} has no {file.name}; give a directory saved by Hugging Face")
-    try:
-        return dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} is no model's configuration: {error}") from error
-
-
 def load_lm(source: str | Path | dict[str, Any] | PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM: weights from a directory, or random ones for a configuration."""
-    config = config_from(source)
+    config = config_from(source, FAMILIES)
     family_of(config)
     _make_attention_known()
     return load_weights(AutoModelForCausalLM, source, config, attn_implementation=ATTENTION, dtype=dtype)

@@ -54,9 +54,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as JSON values; a backbone directory becomes the configuration found in it."""
-        from .backbone import config_from
+        from .backbone import FAMILIES
+        from .backbone_config import config_from
 
-        backbone = config_from(self.backbone).to_dict()
+        backbone = config_from(self.backbone, FAMILIES).to_dict()
         return {
             "backbone": {key: value for key, value in backbone.items() if key not in NOT_KEPT},
             "memory": memory_to_json(self.memory),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import state as states
-from .backbone import config_from, supported
+from .backbone_config import config_from, supported
 from .config import DTYPES, NOT_KEPT, BackboneSource, memory_settings, memory_to_json
 from .encoder_backbone import ENCODER_FAMILIES, EncoderBackbone, load_encoder_lm, special_tokens
 from .memory import MEMORIES

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from .backbone import config_from
+from .backbone_config import config_from
 from .memory.base import Attention, Dimensions, EncoderBlock, Heads
 
 

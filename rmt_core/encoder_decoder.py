@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
-from . import backbone
+from .backbone import load_weights
+from .backbone_config import config_from, supported
 from .config import BackboneSource
 from .memory.base import Attention, Block, Context, Dimensions
 
@@ -206,7 +207,7 @@ def _real(lengths: Tensor, size: int) -> Tensor:
 def family_of(config: PretrainedConfig) -> T5Family:
     """The adapter of a model's family; a ValueError that says why there is none."""
     name: Any = config.model_type
-    family = FAMILIES[backbone.supported(name, FAMILIES)]
+    family = FAMILIES[supported(name, FAMILIES)]
     reason = family.refusal(config)
     if getattr(config, "decoder_start_token_id", None) is None:
         reason = "its configuration does not say what a target starts with; set decoder_start_token_id"
@@ -217,6 +218,6 @@ def family_of(config: PretrainedConfig) -> T5Family:
 
 def load_lm(source: BackboneSource, dtype: torch.dtype) -> PreTrainedModel:
     """The encoder-decoder: weights from a directory, or random ones for a configuration."""
-    config = backbone.config_from(source, FAMILIES)
+    config = config_from(source, FAMILIES)
     family_of(config)
-    return backbone.load_weights(AutoModelForSeq2SeqLM, source, config, dtype=dtype)
+    return load_weights(AutoModelForSeq2SeqLM, source, config, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import state as states
-from .backbone import config_from
+from .backbone_config import config_from
 from .build import build_memory
 from .config import DTYPES, NOT_KEPT, BackboneSource, memory_settings, memory_to_json
 from .encoder_decoder import FAMILIES, EncoderDecoder, load_lm

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rmt_core.state import State, leaves
 
-_ENTRY_BYTES = 512  # of an entry beside its tensors, about
+_ENTRY_BYTES, _TENSOR_BYTES = 384, 960  # of an entry beside its tensors, and of a tensor beside its numbers, about
 
 
 class Boundary(NamedTuple):
@@ -27,7 +27,8 @@ class Boundary(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in leaves(self.state)) + self.hidden.nbytes + _ENTRY_BYTES
+        tensors = [*leaves(self.state), self.hidden]
+        return sum(tensor.nbytes + _TENSOR_BYTES for tensor in tensors) + _ENTRY_BYTES
 
 
 def first_key(server_key: bytes, fingerprint: str, tenant: str) -> bytes:

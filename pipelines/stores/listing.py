@@ -1,8 +1,9 @@
 """The files that paths, directories and globs name, on disk and on S3 alike."""
 
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pyarrow.fs
@@ -29,7 +30,7 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[FileEntry]:
     In the order of the patterns, sorted by name within each; a file named twice counts once. Files with
     other suffixes are left out of directories and globs, and counted in the log; given themselves they are an
     InputError, as is a pattern that finds nothing. A single file that is missing is listed with num_bytes -1,
-    so that it can be reported beside the others.
+    so that it can be reported beside the others; so is a link to a file that is not there.
     """
     found: dict[str, FileEntry] = {}
     num_ignored = num_repeated = 0
@@ -44,7 +45,7 @@ def expand(patterns: Sequence[str], suffixes: Sequence[str]) -> list[FileEntry]:
     if num_repeated:
         log.info("%d files are named more than once and are read once", num_repeated)
     if all(entry.num_bytes < 0 for entry in found.values()):
-        raise InputError(f"no input found: {', '.join(patterns)} does not exist")
+        raise InputError(f"no input found: {', '.join(entry.uri for entry in found.values())} does not exist")
     return list(found.values())
 
 
@@ -54,16 +55,17 @@ def _expand_one(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[FileEntry
         files, path = filesystem(uri)
         info = files.get_file_info(path)
         if info.type == pyarrow.fs.FileType.Directory:
-            infos, base = files.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)), path
+            infos, base = _all_below(files, path, uri), path
         elif info.type == pyarrow.fs.FileType.NotFound and re.search(r"[*?\[]", path):
-            infos, base = _glob(files, path)
+            infos, base = _glob(files, path, uri)
         else:
             return [_single(pattern, uri, info, suffixes)], 0
     except StorageError:
         raise
     except OSError as error:
         raise InputError(f"{pattern}: cannot be listed: {error}") from error
-    infos = sorted((i for i in infos if i.type == pyarrow.fs.FileType.File), key=lambda i: i.path)
+    listed = (pyarrow.fs.FileType.File, pyarrow.fs.FileType.NotFound)  # not found: behind a link
+    infos = sorted((i for i in infos if i.type in listed), key=lambda i: i.path)
     prefix = "s3://" if is_s3(uri) else ""
     skip = len(base.rstrip("/")) + 1
     kept = [i for i in infos if i.path.lower().endswith(suffixes)]
@@ -88,7 +90,28 @@ def _single(pattern: str, uri: str, info: pyarrow.fs.FileInfo, suffixes: tuple[s
     return _entry(info, uri, uri.rpartition("/")[2])
 
 
-def _glob(files: pyarrow.fs.FileSystem, path: str) -> tuple[list[pyarrow.fs.FileInfo], str]:
+def _all_below(files: pyarrow.fs.FileSystem, path: str, uri: str) -> list[pyarrow.fs.FileInfo]:
+    """What stands below a directory, at any depth; nothing where it is not there."""
+    if is_s3(uri):
+        return files.get_file_info(pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return files.get_file_info(list(_walk(path, frozenset()))) if os.path.isdir(path) else []
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """The paths below a directory on disk. Links are followed, but for those to a directory that they stand in."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        log.warning("%s leads back to a directory that it stands in, and is not followed", folder)
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry.path
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {here})
+
+
+def _glob(files: pyarrow.fs.FileSystem, path: str, uri: str) -> tuple[list[pyarrow.fs.FileInfo], str]:
     """(what matches, with all below a directory that matches; the directory before the first wildcard)."""
     parts = path.split("/")
     first = next(n for n, part in enumerate(parts) if re.search(r"[*?\[]", part))
@@ -97,9 +120,8 @@ def _glob(files: pyarrow.fs.FileSystem, path: str) -> tuple[list[pyarrow.fs.File
         shape = re.compile(_translate(parts[first:]) + r"(/.*)?", re.DOTALL)
     except re.error as error:
         raise InputError(f"{path}: not a glob: {error}; characters are listed in brackets, [abc] or [a-z]") from error
-    selector = pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)
     skip = len(base.rstrip("/")) + 1
-    return [info for info in files.get_file_info(selector) if shape.fullmatch(info.path[skip:])], base
+    return [info for info in _all_below(files, base, uri) if shape.fullmatch(info.path[skip:])], base
 
 
 def _translate(parts: list[str]) -> str:

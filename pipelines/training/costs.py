@@ -24,7 +24,8 @@ import rmt_core
 from pipelines.training.live_bytes import LiveBytes
 from pipelines.training.settings import ModelSettings
 from pipelines.training.weights import choose_trained
-from rmt_core.backbone import config_from
+from rmt_core.backbone import FAMILIES
+from rmt_core.backbone_config import config_from
 
 
 class SegmentCost(NamedTuple):
@@ -49,7 +50,7 @@ class ModelSize(NamedTuple):
 
 def outline(description: rmt_core.ModelConfig, settings: ModelSettings) -> rmt_core.RecurrentModel:
     """The model as it is trained, with shapes but without weights. ValueError or InputError where parts do not fit."""
-    config = dataclasses.replace(description, backbone=copy.deepcopy(config_from(description.backbone)))
+    config = dataclasses.replace(description, backbone=copy.deepcopy(config_from(description.backbone, FAMILIES)))
     with torch.device("meta"):
         model = rmt_core.build(config)
         choose_trained(model, settings)

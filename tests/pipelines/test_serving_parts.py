@@ -1,8 +1,11 @@
 """Scheduler, text stream, prefix cache, batch sizes and record-free parts of the engine."""
 
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from pipelines.serving.scheduling import Kind, Scheduler, Shape, Work
 from pipelines.serving.text import TextStream
 from tests.rmt_core.tiny import MEMORIES, tiny_model
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSE, EXTEND = Shape("close", 8), Shape("extend", 1)
 NUM_ROWS = {"close": 2, "open": 2, "extend": 4}
 
@@ -134,6 +138,27 @@ def test_the_cache_never_takes_more_than_its_bytes_and_the_longest_unused_goes()
     assert cache.num_bytes <= cache.max_bytes
     cache.clear()
     assert (len(cache), cache.num_bytes) == (0, 0)
+
+
+def test_an_entry_is_counted_as_what_it_takes_of_the_machine() -> None:
+    """In a process of its own, whose memory holds nothing else."""
+    measured = subprocess.run([sys.executable, "-c", FILL], cwd=ROOT, capture_output=True, text=True, check=True)
+    resident, counted = map(int, measured.stdout.split())
+    assert 0.5 * counted < resident < 1.1 * counted
+
+
+FILL = """
+import os, torch
+from pipelines.serving.prefix import Boundary, PrefixCache
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+cache, before = PrefixCache(2**40), resident()
+for _ in range(10_000):
+    cache.put(os.urandom(32), Boundary((torch.zeros(1, 60), torch.zeros(1, 3)), torch.zeros(1, 16)))
+print(resident() - before, cache.num_bytes)
+"""
 
 
 def test_keys_tell_tenants_models_servers_and_every_token_apart() -> None:

@@ -119,6 +119,30 @@ def test_a_missing_file_is_listed_beside_others(root: str) -> None:
     assert sizes == [1, -1]
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    for name in ("here/deep/a.txt", "there/b.txt"):
+        (tmp_path / name).write_text("1")
+    (tmp_path / "here" / "also").symlink_to(tmp_path / "there")
+    (tmp_path / "here" / "deep" / "up").symlink_to(tmp_path / "here")
+    for pattern in ("here", "here/**/*.txt"):
+        caplog.clear()
+        assert _names(f"{tmp_path}/{pattern}") == ["also/b.txt", "deep/a.txt"]
+        assert "deep/up leads back to a directory that it stands in" in caplog.text
+
+
+def test_a_link_to_nothing_is_listed_as_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    for pattern in ("", "/*.txt"):
+        sizes = {entry.name: entry.num_bytes for entry in storage.expand([f"{tmp_path}{pattern}"], SUFFIXES)}
+        assert sizes == {"a.txt": 1, "b.txt": -1}
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"b\.txt does not exist"):
+        storage.expand([str(tmp_path)], SUFFIXES)
+
+
 def test_patterns_that_find_nothing_are_refused(root: str) -> None:
     storage.write_bytes(storage.join(root, "c.md"), b"1")
     for pattern, reason in (

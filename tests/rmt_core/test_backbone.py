@@ -159,6 +159,21 @@ def test_a_configuration_that_is_not_valid_is_refused_in_one_line(tmp_path: Path
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"model_type": "llama", "hiden_size": 32}, "'hiden_size'; did you mean hidden_size"),
+        ({"model_type": "gpt2", "num_layers": 2}, "'num_layers'; "),
+        ({"model_type": "llama", "experts": 2}, "'experts'; it has .*vocab_size"),
+    ],
+)
+def test_a_setting_that_the_family_does_not_have_is_refused(settings: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ValueError, match=f"has no setting {hint}"):
+        rmt_core.build(backbone=settings, segment_len=8)
+    published = {**tiny_config(settings["model_type"]).to_dict(), **settings}  # with settings of other programs
+    assert rmt_core.build(backbone=published, segment_len=8).segment_len == 8
+
+
 def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
     for text in ("{", "3", '["llama"]'):
         (tmp_path / "config.json").write_text(text)

@@ -180,6 +180,7 @@ def report(
         "first_token_s": percentiles(load.first_s),
         "between_tokens_s": percentiles(load.between_s),
         "resident_bytes": {"first": resident[0][1], "warm": warm, "end": resident[-1][1]},
+        "resident_mib": [round(size / 2**20) for _, size in resident],
     }
 
 
