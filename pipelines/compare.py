@@ -23,7 +23,8 @@ from typing import Any
 import pydantic
 
 from pipelines import storage
-from pipelines.config import Config, Count, run_job
+from pipelines.config import Config, Count
+from pipelines.job import run_job
 from pipelines.tasks import capacity, cost_plot
 from pipelines.tasks.comparison import BY_SEGMENT, differences_of_questions, read_groups
 from pipelines.tasks.comparison_plot import plot

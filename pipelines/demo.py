@@ -27,7 +27,8 @@ import pydantic
 
 from pipelines import storage
 from pipelines.cluster import connect, environment
-from pipelines.config import Config, build, run_job
+from pipelines.config import Config, build
+from pipelines.job import run_job
 from pipelines.recipes import RECIPES
 from pipelines.training.settings import TrainConfig
 

@@ -31,7 +31,8 @@ import ray
 
 from pipelines import storage
 from pipelines.cluster import connect, pool
-from pipelines.config import Config, Count, InputError, canonical_json, run_job, split_commas
+from pipelines.config import Config, Count, InputError, canonical_json, split_commas
+from pipelines.job import run_job
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
 from pipelines.tasks.cost import COSTS

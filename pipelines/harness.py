@@ -22,8 +22,9 @@ import pydantic
 
 import rmt_core
 from pipelines import storage
-from pipelines.config import Config, InputError, run_job, split_commas
+from pipelines.config import Config, InputError, split_commas
 from pipelines.extras import require_extra
+from pipelines.job import run_job
 from pipelines.tasks.harness import as_harness_model
 from pipelines.tasks.running import load
 

@@ -22,8 +22,9 @@ import torch
 
 import rmt_core
 from pipelines import storage
-from pipelines.config import Config, Count, InputError, run_job, split_commas
+from pipelines.config import Config, Count, InputError, split_commas
 from pipelines.data.tokenise import Tokenizer
+from pipelines.job import run_job
 from pipelines.tasks import attention, slots, slots_picture
 from pipelines.tasks.base import device_of, segments
 from pipelines.tasks.held_out import open_held_out

@@ -29,7 +29,7 @@ import ray.data
 
 from pipelines import storage
 from pipelines.cluster import connect, pool
-from pipelines.config import Config, Count, InputError, StrictError, fingerprint, run_job
+from pipelines.config import Config, Count, InputError, StrictError, fingerprint
 from pipelines.data import inputs, progress, segment, store
 from pipelines.data.batches import BATCH_CHARS, Batch, pieces_of
 from pipelines.data.inputs import InputFile
@@ -37,6 +37,7 @@ from pipelines.data.pieces import Encoded
 from pipelines.data.read import SUFFIXES
 from pipelines.data.segment import Unit, UnitResult
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
+from pipelines.job import run_job
 from pipelines.storage import FileEntry
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.prepare")

@@ -26,8 +26,9 @@ from typing import Any
 from pipelines import config as configs
 from pipelines import storage
 from pipelines.cluster import connect
-from pipelines.config import InputError, run_job
+from pipelines.config import InputError
 from pipelines.extras import require_extra
+from pipelines.job import run_job
 from pipelines.serving.serve_config import ServeConfig
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.serve")

@@ -30,9 +30,10 @@ import pydantic
 import rmt_core
 from pipelines import storage
 from pipelines.cluster import connect
-from pipelines.config import Config, Count, InputError, StrictError, fingerprint, run_job
+from pipelines.config import Config, Count, InputError, StrictError, fingerprint
 from pipelines.data import inputs
 from pipelines.data.read import SUFFIXES
+from pipelines.job import run_job
 from pipelines.storage import FileEntry
 from pipelines.summarising import ledger as ledgers
 from pipelines.summarising import strategies

@@ -27,8 +27,9 @@ import numpy as np
 import pydantic
 
 from pipelines import storage
-from pipelines.config import Config, Count, InputError, run_job
+from pipelines.config import Config, Count, InputError
 from pipelines.extras import require_extra
+from pipelines.job import run_job
 from pipelines.summarising.strategies import PROMPT
 from pipelines.tasks import rouge
 from pipelines.tasks.rouge import LEAD, MEASURES, RANDOM, Pair

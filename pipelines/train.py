@@ -37,10 +37,11 @@ from tqdm import tqdm
 import rmt_core
 from pipelines import storage
 from pipelines.cluster import connect, has_cluster, pool
-from pipelines.config import InputError, build, run_job
+from pipelines.config import InputError, build
 from pipelines.data.mixture import Store
 from pipelines.data.tokenise import Tokenizer
 from pipelines.extras import require_extra
+from pipelines.job import run_job
 from pipelines.recipes import find_recipe
 from pipelines.training.backbones import apart, described
 from pipelines.training.claim import claimed

@@ -39,6 +39,7 @@ JOB_MAY_IMPORT = {
     "config",
     "data",
     "extras",
+    "job",
     "recipes",
     "serving",
     "storage",

@@ -35,7 +35,7 @@ class Sizes:
     num_documents: int = 2_000  # of the many short ones
     document_chars: int = 8_000
     repeats: int = 5  # timed rounds on one core, at least 2
-    long_chars: int = 2**28  # of the one long document: long beside what two workers take to start
+    long_chars: int = 2**29  # of the one long document: long beside what two workers take to start
     long_repeats: int = 3  # rounds of one and two workers, at least 2
     whole_chars: int = 2**22  # of a document that is also tokenised in one piece: 100 bytes of memory each
 

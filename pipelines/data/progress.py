@@ -90,7 +90,8 @@ def unit_result(content: Mapping[str, Any]) -> UnitResult:
 
 def tokens_name(unit: Unit, pieces: Sequence[Piece]) -> str:
     """The file for the tokens of these pieces: another one for other texts, or another tokenizer."""
-    digest = fingerprint([unit.tokenizer_fingerprint, pieces])[:32]
+    hashed = [piece._replace(text=hashlib.sha256(piece.text.encode()).hexdigest()) for piece in pieces]
+    digest = fingerprint([unit.tokenizer_fingerprint, hashed])[:32]
     return f"tokens-{unit.number:05d}-{digest}.safetensors"
 
 

@@ -40,7 +40,7 @@ class Words:
             self._odd |= new - alike
         if not chars.isdisjoint(self._odd) or any(name in text for name in self._added):
             return None
-        parts = map(self._ids.__getitem__, self._pattern.findall(text))
+        parts = map(self._ids.__getitem__, self._pattern.findall(text, concurrent=False))
         return np.frombuffer(bytearray().join(parts), dtype=np.int32)
 
 

@@ -17,9 +17,9 @@ from pipelines.config import (
     fingerprint,
     parse,
     parse_count,
-    run_job,
     split_commas,
 )
+from pipelines.job import run_job
 
 
 class Optimiser(Config):

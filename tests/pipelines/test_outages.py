@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import storage
-from pipelines.config import Config, InputError, run_job
+from pipelines.config import Config, InputError
 from pipelines.data import catalogue
 from pipelines.data.batches import Failed, batches
 from pipelines.data.read import SUFFIXES
 from pipelines.data.tokenise import ByteTokenizer
+from pipelines.job import run_job
 
 from .faulty_s3 import Fault, FaultyS3
 
