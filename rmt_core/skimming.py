@@ -3,6 +3,8 @@
 Axes: B rows, T tokens of a segment.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from .recurrent import RecurrentModel
 from .state import State
 
 _WARM_UP = 3  # runs before a graph is recorded: kernels are chosen and workspaces made in them
+PATIENCE, PATIENCE_TO_COMPILE = 64, 4096  # steps first: recording takes milliseconds, compiling half a minute
 
 
 class Skimmer:
@@ -18,19 +21,25 @@ class Skimmer:
 
     A small model's step keeps a GPU busy for less time than a CPU needs to launch it. So there, once `after` has been
     called `patience` times for segments of one shape, the step is recorded as a CUDA graph and replayed. That is done
-    for memories whose rows stand in the text and nothing else (`Memory.has_rows_only`), in evaluation mode; everywhere
-    else, and under full attention, each call is a step. Recording copies weights' addresses: change no weights while a
-    skimmer is in use.
+    for memories whose rows stand in the text and nothing else (`Memory.has_rows_only`), in evaluation mode. On a CPU
+    with `compiled` the step is compiled for that shape instead (`torch.compile`, which needs a C++ compiler), for every
+    memory: about twice as fast, with other roundings. Everywhere else, and under full attention, each call is a step.
+    Both take the weights as they are: change none while a skimmer is in use.
     """
 
-    def __init__(self, model: RecurrentModel, patience: int = 64) -> None:
-        self._model = model
-        self._patience = patience
-        self._seen = 0
-        self._recorded: _Recorded | None = None
+    def __init__(self, model: RecurrentModel, patience: int | None = None, *, compiled: bool = False) -> None:
         on_gpu = next(model.parameters()).is_cuda
-        is_segmented = type(model) is RecurrentModel
-        self._may_record = on_gpu and is_segmented and model.memory.has_rows_only and not model.training
+        is_fixed = type(model) is RecurrentModel and not model.training
+        self._kind: type[_Recorded] | type[_Compiled] | None = None
+        if is_fixed and on_gpu and model.memory.has_rows_only:
+            self._kind = _Recorded
+        elif is_fixed and not on_gpu and compiled:
+            self._kind = _Compiled
+        usual = PATIENCE_TO_COMPILE if self._kind is _Compiled else PATIENCE
+        self._model = model
+        self._patience = usual if patience is None else patience
+        self._seen = 0
+        self._fast: _Recorded | _Compiled | None = None
 
     @torch.inference_mode()
     def after(self, tokens: Tensor, state: State, lengths: Tensor | None = None) -> State:
@@ -38,14 +47,14 @@ class Skimmer:
 
         What is given back is valid until the next call; `state` may be what the last call gave.
         """
-        if not self._may_record or lengths is not None or tokens.shape[1] != self._model.segment_len:
+        if self._kind is None or lengths is not None or tokens.shape[1] != self._model.segment_len:
             return self._model.step(tokens, state, lengths)[1]
-        if self._recorded is not None and self._recorded.fits(tokens, state):
-            return self._recorded.replay(tokens, state)
+        if self._fast is not None and self._fast.fits(tokens, state):
+            return self._fast.after(tokens, state)
         self._seen += 1
         if self._seen > self._patience:
-            self._recorded = _Recorded(self._model, tokens, state)
-            return self._recorded.replay(tokens, state)
+            self._fast = self._kind(self._model, tokens, state)
+            return self._fast.after(tokens, state)
         return self._model.step(tokens, state)[1]
 
 
@@ -69,9 +78,28 @@ class _Recorded:
     def fits(self, tokens: Tensor, state: State) -> bool:
         return tokens.shape == self._tokens.shape and (state is self._state or states.are_alike(state, self._state))
 
-    def replay(self, tokens: Tensor, state: State) -> State:
+    def after(self, tokens: Tensor, state: State) -> State:
         self._tokens.copy_(tokens)
         if state is not self._state:
             states.tree_map(Tensor.copy_, self._state, state)
         self._graph.replay()
         return self._state
+
+
+class _Compiled:
+    """One step compiled for tokens and a state of these shapes, with the weights as constants."""
+
+    def __init__(self, model: RecurrentModel, tokens: Tensor, state: State) -> None:
+        self._shape = tokens.shape
+        self._like = state
+        self._step = torch.compile(partial(_state_after, model), dynamic=False, options={"freezing": True})
+
+    def fits(self, tokens: Tensor, state: State) -> bool:
+        return tokens.shape == self._shape and states.are_alike(state, self._like)
+
+    def after(self, tokens: Tensor, state: State) -> State:
+        return self._step(tokens, state)
+
+
+def _state_after(model: RecurrentModel, tokens: Tensor, state: State) -> State:
+    return model.step(tokens, state)[1]

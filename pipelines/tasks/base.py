@@ -67,6 +67,7 @@ class Material:
     depths: tuple[float, ...] = ()  # where facts stand, from 0 (earliest) to 1 (latest); none: anywhere
     ablations: bool = True  # measure zeroed and shuffled memories too
     seed: int = 0
+    compiled: bool = False  # on a CPU: compile the step that reads on where nothing is asked
 
 
 class Task(Protocol):

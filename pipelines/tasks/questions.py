@@ -112,7 +112,7 @@ def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], mat
     marks = Marks({memory: [] for memory in memories}, {memory: [] for memory in memories})
     for size in batch_sizes(num, material.batch_size):
         batch = [draw(len(samples) + i) for i in range(size)]
-        found = batch_marks(model, batch, memories, material.tokenizer)
+        found = batch_marks(model, batch, memories, material.tokenizer, compiled=material.compiled)
         for memory in memories:
             marks.right[memory].extend(found.right[memory])
             marks.scores[memory].extend(found.scores[memory])
@@ -167,7 +167,12 @@ def _figure(
 
 @torch.inference_mode()
 def batch_marks(
-    model: RecurrentModel, samples: Sequence[Sample], memories: Sequence[str], tokenizer: Tokenizer
+    model: RecurrentModel,
+    samples: Sequence[Sample],
+    memories: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    compiled: bool = False,
 ) -> Marks:
     """Marks of a batch, each text read once.
 
@@ -182,7 +187,7 @@ def batch_marks(
     )
     most_written = max(sample.max_new_tokens for sample in samples)
     state = begin(model, len(samples), max(sample.num_tokens for sample in samples) - 1 + most_written)
-    skimmer = rmt_core.Skimmer(model)
+    skimmer = rmt_core.Skimmer(model, compiled=compiled)
     for part in segments([_all_but_the_last(sample) for sample in samples], model.step_len, device):
         first, last = np.searchsorted(asked[:, 1], (part.start, part.start + part.tokens.shape[1]))
         here = asked[first:last]

@@ -227,6 +227,7 @@ def test_models_are_read_from_s3_and_results_written_there(
         ("--model {root}/small", ["257 ids", "vocabulary 100"]),
         ("--output {model}", ["not empty", "model.safetensors"]),
         ("--attention full", ["--attention full", "for models of memory none"]),
+        ("--attention full --compile yes", ["--compile", "for --device cpu and --attention segments"]),
         ("--attention full --ablations no", ["--ablations", "not read with --attention full"]),
         ("--memory-limit 4g", ["--memory-limit", "not read with --attention segments"]),
         ("--segment-len 24", ["--segment-len", "not read with --attention segments"]),

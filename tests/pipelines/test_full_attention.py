@@ -229,7 +229,7 @@ def test_evaluations_segment_by_segment_are_told_apart_by_nothing_new(model: Pat
     """Those of before go on to be found finished."""
     config = evaluate.EvaluateConfig(model=str(model), output=str(tmp_path), task=["recall"], lengths=[96])
     *_, identity = evaluate._inspect(config, str(model))
-    assert not identity.keys() & {"attention", "ablations", "memory_limit", "segment_len"}
+    assert not identity.keys() & {"attention", "ablations", "memory_limit", "segment_len", "compile"}
     full = evaluate.EvaluateConfig(**{**config.model_dump(exclude_unset=True), "attention": "full"})
     subject, material, identity = evaluate._inspect(full, str(model))
     assert identity["attention"] == "full"
