@@ -25,7 +25,7 @@ from typing import Any
 
 from pipelines import config as configs
 from pipelines import storage
-from pipelines.cluster import connect
+from pipelines.cluster import connect, has_cluster
 from pipelines.config import InputError
 from pipelines.extras import require_extra
 from pipelines.job import run_job
@@ -57,8 +57,11 @@ def run(config: ServeConfig) -> dict[str, Any]:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}"
     from ray import serve
 
+    joins = has_cluster()
     with connect(), _until_told() as told:
         _check_no_serve()
+        if not joins:
+            _check_room(config)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 75},
@@ -113,11 +116,44 @@ def _free_port(config: ServeConfig) -> int:
         return int(probe.getsockname()[1])
 
 
+def _check_room(config: ServeConfig) -> None:
+    """InputError where this machine can never hold the replicas: Ray would wait for ever."""
+    import ray
+
+    there = ray.cluster_resources()
+    cpus, gpus = config.min_replicas * config.replica_cpus, config.min_replicas if config.device == "cuda" else 0
+    if gpus > there.get("GPU", 0):
+        raise InputError(
+            f"--device cuda needs {gpus} GPUs for {config.min_replicas} replicas; here are {there.get('GPU', 0):g}"
+        )
+    if cpus > there.get("CPU", 0):
+        raise InputError(
+            f"--min-replicas {config.min_replicas} of --replica-cpus {config.replica_cpus:g} exceeds the "
+            f"{there.get('CPU', 0):g} cores of this machine; give less"
+        )
+
+
+class _Told:
+    """SIGINT and SIGTERM: while it starts they end it, while it serves they are awaited, and the second ends it too."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._serving = False
+
+    def __call__(self, *_: object) -> None:
+        if not self._serving or self._event.is_set():
+            raise KeyboardInterrupt
+        self._event.set()
+
+    def wait(self) -> None:
+        self._serving = True
+        self._event.wait()
+
+
 @contextlib.contextmanager
-def _until_told() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set."""
-    told = threading.Event()
-    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def _until_told() -> Iterator[_Told]:
+    told = _Told()
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield told
     finally:

@@ -27,7 +27,7 @@ from pipelines.stores.listing import FileEntry, expand
 from pipelines.stores.paths import absolute, filesystem, is_s3, join
 from pipelines.stores.sums import check as check_sums
 from pipelines.stores.sums import seal
-from pipelines.stores.transfer import beside, create_file, download, put_file, read_local, upload
+from pipelines.stores.transfer import beside, create_file, download, make_parent, put_file, read_local, upload
 
 __all__ = [
     "DamagedError",
@@ -75,7 +75,8 @@ def is_directory(uri: str) -> bool:
 def list_names(uri: str) -> list[str]:
     """The names directly in a directory, sorted; none where there is no such directory."""
     files, path = filesystem(uri)
-    found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    with _faults(uri):
+        found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     return sorted(info.base_name for info in found)
 
 
@@ -128,7 +129,7 @@ def create_json(uri: str, value: Any) -> bool:
         return read_bytes(uri) == data
     final = Path(absolute(uri))
     with disk_faults(uri):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(final)
         path = beside(final, "tmp")
         try:
             path.write_bytes(data)
@@ -157,7 +158,7 @@ def writing(uri: str) -> Iterator[Path]:
         return
     final = Path(absolute(uri))
     with disk_faults(uri):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(final)
         path = beside(final, "tmp")
         try:
             yield path

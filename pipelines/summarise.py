@@ -16,6 +16,14 @@ What a worker holds is said in pipelines/summarising/worker.py.
 import sys
 from pathlib import Path
 
+
+def _utf8(number: int, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"text {number}: half of a surrogate pair at character {error.start}") from error
+
+
 if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -251,7 +259,8 @@ def _finish(ledger: Ledger, job: dict[str, Any], todo: Todo, made: Counts, elaps
     if complete:
         if counts.num_documents != job["num_documents"]:
             raise RuntimeError(f"{ledger.output} has {counts.num_documents} rows for {job['num_documents']} documents")
-        ledger.sweep(job["plan"])
+        if not ledger.failed(sorted(done), todo.round):  # else another shard may be at work on them again
+            ledger.sweep(job["plan"])
     result = {
         "format": ledgers.FORMAT,
         **counts._asdict(),
@@ -295,6 +304,9 @@ class Summariser:
         batch_size: int = 8,
     ) -> None:
         """`strategy` is one of `strategies.STRATEGIES`, None the model's default. InputError where they do not fit."""
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
         uri = storage.absolute(model)
         strategy = strategy or strategies.default_strategy(uri)
         if strategy not in strategies.STRATEGIES:
@@ -309,7 +321,7 @@ class Summariser:
     def __call__(self, texts: str | Sequence[str]) -> list[dict[str, str]]:
         """One dictionary a text, with its `summary_text`. DocumentError names a text that cannot be summarised."""
         given = [texts] if isinstance(texts, str) else list(texts)
-        documents = (Text(str(n), [text.encode()], self._style) for n, text in enumerate(given))
+        documents = (Text(str(n), [_utf8(n, text)], self._style) for n, text in enumerate(given))
         found = []
         for summary in self._strategy.summarise(documents):
             if summary.error:

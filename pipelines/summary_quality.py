@@ -79,9 +79,13 @@ def measure(config: QualityConfig) -> dict[str, Any]:
         raise InputError(f"--summaries {' '.join(config.summaries)}: needs name=directory")
     if config.model is not None:
         lines = [json.dumps({"id": pair.doc_id, "text": pair.text}) + "\n" for pair in pairs]
-        documents = storage.join(output, _PAIRS)
+        documents, content = storage.join(output, _PAIRS), "".join(lines).encode()
         if not storage.exists(documents):
-            storage.write_bytes(documents, "".join(lines).encode())
+            storage.write_bytes(documents, content)
+        elif storage.read_bytes(documents) != content:
+            raise InputError(
+                f"{output} holds summaries of other documents; give --pairs and --limit as before, or another --output"
+            )
         for strategy in config.strategy:
             places[strategy] = storage.join(output, strategy)
             _summarise(config, documents, strategy, places[strategy])

@@ -56,6 +56,7 @@ from pipelines.training.run_directory import (
     CONFIG,
     FINISHED,
     earlier,
+    has_backbone,
     last_progress,
     publish,
     registered_checkpoints,
@@ -94,6 +95,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     identity = check(config)
     finished = earlier(config, identity)
     if finished is not None:
+        if config.report.backbone and not has_backbone(config.output):
+            publish(config)
         log.info("%s is finished with these settings: nothing to do", config.output)
         return finished
     with _connected(config):
@@ -117,6 +120,7 @@ def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
     remove_unfinished(config.output)
     storage.write_json(storage.join(config.output, CONFIG), config.model_dump(mode="json"))
     metrics = _fit(config)
+    remove_unfinished(config.output)  # of workers that failed on the way
     model = publish(config)
     log.info("trained %d steps; the model is in %s", config.num_steps, model)
     result = {"output": config.output, "checkpoint": model, "num_steps": config.num_steps, **metrics}

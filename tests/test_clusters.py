@@ -15,6 +15,9 @@ import yaml
 from pipelines.config import Config, build, parse
 from pipelines.recipes import RECIPES
 from pipelines.serving.serve_config import ServeConfig
+from pipelines.training.costs import ModelSize, SegmentCost
+from pipelines.training.footprint import footprint
+from pipelines.training.settings import TrainConfig
 
 from .kuberay_schema import KINDS
 
@@ -360,19 +363,38 @@ def test_sizes_are_deepspeeds() -> None:
         assert [float(cell) for cell in cells] == [round(value / 1e9, 1) for value in expected], (size, gpus)
 
 
+def planned_bytes(row: list[str], stage: int, mode: str, *, offloads: bool) -> int:
+    """What `train --dry-run` tells of a GPU for a row of sizes, without activations."""
+    _, total, largest, num_gpus, *_ = row
+    values = {
+        "batch_size": int(num_gpus),
+        "workers": {"precision": "bfloat16", "offload_optimizer": offloads, "num_workers": int(num_gpus)},
+        "gradient": {"mode": mode},
+    }
+    num, layer = round(float(total) * 1e9), round(float(largest) * 1e9)
+    size, nothing = ModelSize(num, num, layer), SegmentCost(0, 0, 0, 0, 0)
+    return footprint(build(TrainConfig, values), size, nothing, stage, int(num_gpus)).device_bytes
+
+
 def test_what_is_said_to_fit_fits_the_nodes_that_are_shipped() -> None:
     """A third of the GPU is left, and of the node's memory what Ray's object store may take."""
     text = (CLUSTERS / "README.md").read_text(encoding="utf-8")
     sizes = {(row[0], row[3]): row for row in rows(text, "## How large a model")}
     fits = rows(text, "### What fits on these nodes")
     assert {row[0] for row in fits} == {"1B", "3B", "8B"}
-    for size, nodes, stage, gpu, held in fits:
+    for size, nodes, stage, gpu, once, often, held in fits:
         row = sizes[size, nodes]
         offloads = stage.endswith("CPU")
         assert gpu == row[6 if offloads else {"2": 4, "3": 5}[stage]], (size, nodes)
         total = float(row[1])
         assert float(held) == round(24 * total * offloads / int(nodes) + 2 * total, 1), (size, nodes)
-        assert float(gpu) <= 24 * 2 / 3
+        for mode, cell in (("checkpoint", once), ("replay", often)):
+            assert float(cell) == round(planned_bytes(row, int(stage[0]), mode, offloads=offloads) / 1e9, 1), (
+                size,
+                mode,
+            )
+        at_the_start = 2 * total if stage.startswith("3") else 0.0  # before there are activations
+        assert float(once) <= max(24 * 2 / 3, at_the_start + 0.05)
         assert float(held) <= 0.7 * 64 * 2**30 / 1e9
         assert int(nodes) <= launcher("aws")["available_node_types"]["train_gpu_spot"]["max_workers"]
     for spec in RAY_SPECS.values():

@@ -17,6 +17,7 @@ _URLS = (CHAT, COMPLETIONS, RESPONSES)
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _HARMLESS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _ONLY = {"n": 1, "stream": False, "logprobs": False, "echo": False, "best_of": 1}  # what is done anyway
+_MOST_TOKENS = 2**20  # that a document may ask to be written: a model may never end by itself
 
 
 class Request(NamedTuple):
@@ -93,7 +94,7 @@ def _request(value: dict[str, Any]) -> tuple[Request, str]:
         raise ValueError(f"`body` gives {' and '.join(lengths)}, which differ")
     request = Request(
         url,
-        max_new_tokens=next((_whole(name, given, 1) for name, given in lengths.items()), None),
+        max_new_tokens=next((_whole(name, given, 1, _MOST_TOKENS) for name, given in lengths.items()), None),
         temperature=_number(body, "temperature", 0.0, math.inf),
         top_p=_number(body, "top_p", 0.0, 1.0),
         seed=None if body.get("seed") is None else _whole("seed", body["seed"], -(2**63)),
@@ -103,9 +104,9 @@ def _request(value: dict[str, Any]) -> tuple[Request, str]:
     return request, _text(*texts.popitem())
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise ValueError(f"`body.{name}` is {value!r:.80}, needs a whole number from {least}")
+def _whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"`body.{name}` is {value!r:.80}, needs a whole number from {least} to {most}")
     return value
 
 

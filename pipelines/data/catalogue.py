@@ -141,7 +141,7 @@ def _sorted_out(ids: sqlite3.Connection, entry: Entry) -> Entry:
         return entry
     if first[0] == entry.sha256:
         return entry._replace(outcome=SKIPPED, reason="an earlier document has this id and the same text")
-    return entry._replace(outcome=ERROR, reason="an earlier document has this id; the first is kept")
+    return entry._replace(outcome=ERROR, reason="an earlier document has this id; the first is kept", url=None)
 
 
 def look_up_again(entries: Sequence[Entry]) -> list[Entry]:

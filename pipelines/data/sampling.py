@@ -12,13 +12,20 @@ _STREAM = 1  # other random numbers than those of texts of tasks, which draw by 
 
 
 class SampleSource:
-    """Passages of the store's documents, each segment of a store about equally likely to be read."""
+    """Passages of documents: as many segments are read of each store as its weight says, of each document by its size.
+
+    A passage holds all of a short document and K segments of a long one. So a document that gives k segments is drawn
+    with a chance in proportion to its share of the tokens over k: what is expected of it is then its share, whatever
+    room a window has left.
+    """
 
     def __init__(self, store: Reads, *, seed: int, eos_id: int | None) -> None:
         self.store = store
         self.seed = seed
         self.eos_id = eos_id
-        self._cumulative = np.cumsum(token_shares(store))
+        self._shares = token_shares(store)
+        self._sizes = np.array([document.num_segments for document in store.manifest])
+        self._cumulative: dict[int, np.ndarray] = {}  # chances of the documents, by the segments there is room for
 
     def describe(self) -> str:
         """What is read and what of it is waste, in a line."""
@@ -29,7 +36,11 @@ class SampleSource:
 
     def draw(self, generator: np.random.Generator, num_segments: int) -> Passage:
         """Up to `num_segments` segments in a row: fewer only where the document has no more."""
-        number = int(np.searchsorted(self._cumulative, generator.random() * self._cumulative[-1], side="right"))
+        cumulative = self._cumulative.get(num_segments)
+        if cumulative is None:
+            cumulative = np.cumsum(self._shares / np.minimum(self._sizes, num_segments))
+            self._cumulative[num_segments] = cumulative
+        number = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
         document = self.store.manifest[number]
         start = int(generator.integers(max(0, document.num_segments - num_segments) + 1))
         return Passage(number, start, min(start + num_segments, document.num_segments), 0)

@@ -6,6 +6,7 @@ pattern. The two engines may be of different versions of Unicode: characters tha
 asking both, and a text that holds one goes to the library whole, as one with a special token's name in it does.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {_BYTE_LEVEL, _HEAD + r"\p{N}{1,3}" + _TAIL, _HEAD + r"\p{N}" + _TAIL}  # also Llama 3's, and Qwen 2's
 _CLASSES = (r"\p{L}", r"\p{N}", r"\s", r"[\r\n]", r"(?i:[strevmld])")  # all that the patterns ask of a character
 _MOST_WORDS, _LONGEST_WORD = 2**17, 64
+_AT_ONCE = 2**17  # characters or words that are worked on without a pause: some milliseconds
 
 
 class Words:
@@ -33,15 +35,20 @@ class Words:
 
     def encode(self, text: str) -> np.ndarray | None:
         """(T,) int32; None for a text that the library has to read itself."""
-        chars = set(text)
+        chars: set[str] = set()
+        for start in range(0, len(text), _AT_ONCE):  # between slices other threads may go on
+            chars.update(text[start : start + _AT_ONCE])
         if new := chars - self._alike - self._odd:
             alike = _alike("".join(sorted(new)))
             self._alike |= alike
             self._odd |= new - alike
         if not chars.isdisjoint(self._odd) or any(name in text for name in self._added):
             return None
-        parts = map(self._ids.__getitem__, self._pattern.findall(text, concurrent=False))
-        return np.frombuffer(bytearray().join(parts), dtype=np.int32)
+        is_alone = threading.current_thread() is threading.main_thread()  # then no lock is given back at every word
+        words, ids = self._pattern.findall(text, concurrent=not is_alone), bytearray()
+        for start in range(0, len(words), _AT_ONCE):
+            ids += b"".join(map(self._ids.__getitem__, words[start : start + _AT_ONCE]))
+        return np.frombuffer(ids, dtype=np.int32)
 
 
 class _Ids(dict[str, bytes]):

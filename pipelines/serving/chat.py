@@ -4,10 +4,12 @@ The plain form, for models without a template: `System: ...`, `User: ...` and `A
 each, and `Assistant:` at the end; what is written then ends before the next `User:`.
 """
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipelines import storage
@@ -29,9 +31,9 @@ class ChatFormat:
         self._template: jinja2.Template | None = None
         if template is not None:
             environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
             )
-            environment.globals["raise_exception"] = _refuse
+            environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
             try:
                 self._template = environment.from_string(template)
             except jinja2.TemplateError as error:
@@ -45,7 +47,7 @@ class ChatFormat:
         rows = [{"role": message.role, "content": message.text} for message in messages]
         try:
             return self._template.render(messages=rows, add_generation_prompt=True, **self._special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # the border to a model's own program
             raise ApiError(
                 400,
                 "invalid_request",
@@ -72,6 +74,20 @@ def load_chat_format(model: str) -> ChatFormat:
 def _token(value: Any) -> str | None:
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which Hugging Face marks what an assistant says: nothing is changed by it."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
 
 
 def _refuse(message: str) -> None:

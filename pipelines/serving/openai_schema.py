@@ -55,11 +55,14 @@ def check_text(text: str) -> str:
     """The text; ValueError where it holds what no text does."""
     if "\0" in text:
         raise ValueError("holds a NUL character; give text")
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("holds half of a surrogate pair; give Unicode text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair; give Unicode text") from None
     return text
 
 
+_FIRST_FAULT = Field(fail_fast=True)  # of a long list: one is told, and to gather all would take gigabytes
 Text = Annotated[str, pydantic.AfterValidator(check_text)]
 SessionId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
@@ -140,7 +143,7 @@ class OpenAIRequest(Step):
 
 
 class CompletionRequest(OpenAIRequest):
-    prompt: Text | list[int] | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[int], _FIRST_FAULT] | Annotated[list[Text], Field(min_length=1, max_length=1)]
 
 
 class TextPart(pydantic.BaseModel):
@@ -154,7 +157,7 @@ class Message(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], _FIRST_FAULT]
     name: Annotated[Text, Field(max_length=64)] | None = None
 
     @pydantic.model_validator(mode="before")
@@ -168,7 +171,7 @@ class Message(pydantic.BaseModel):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], _FIRST_FAULT] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 

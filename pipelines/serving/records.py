@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +72,8 @@ def hashed(name: str) -> str:
 
 def digest_of(request: Request) -> str:
     """Equal for requests that ask for the same."""
-    asked: list[Any] = [list(request.tokens), request.max_new_tokens, request.seed]
+    tokens = hashlib.sha256(np.asarray(request.tokens, dtype="<i8").tobytes()).hexdigest()
+    asked: list[Any] = [tokens, request.max_new_tokens, request.seed]
     asked += [request.sampling.temperature, request.sampling.top_p]
     asked += [list(request.stop_tokens), list(request.stop_strings)]
     return hashed(json.dumps(asked))

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _STORE_THREADS = 8
+_BROKEN = "the engine failed; try again"
 
 
 class Load(NamedTuple):
@@ -106,8 +107,10 @@ class Service:
         await asyncio.get_running_loop().run_in_executor(self._steps, self.engine.warm_up)
         self._driver = asyncio.create_task(self._drive())
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, position: Position | None = None) -> Stream:
         """Serve a request. Returns at once; what is wrong with a session comes as the stream's first event, `Failed`.
+
+        A request without a session may begin at a `position`, where a session stands: that one is left as it is.
 
         Raises RequestError where the request makes no sense in itself, and OverloadedError where there is no room for
         it or the service is closing. Call it in the event loop's thread.
@@ -120,7 +123,7 @@ class Service:
         stream = Stream()
         self._streams.add(stream)
         self._idle.clear()
-        stream._task = asyncio.create_task(self._serve(request, stream._events))
+        stream._task = asyncio.create_task(self._serve(request, stream._events, position))
         stream._task.add_done_callback(lambda _: self._end(stream))
         return stream
 
@@ -173,10 +176,10 @@ class Service:
 
     # --- one request --------------------------------------------------------------------------------
 
-    async def _serve(self, request: Request, out: "asyncio.Queue[Event | None]") -> None:
+    async def _serve(self, request: Request, out: "asyncio.Queue[Event | None]", position: Position | None) -> None:
         try:
             if request.session is None:
-                async for _, event in self._run(request, None):
+                async for _, event in self._run(request, position):
                     out.put_nowait(event)
                 return
             async with self._turn(request.tenant, request.session):
@@ -238,6 +241,8 @@ class Service:
 
     async def _run(self, request: Request, position: Position | None) -> AsyncIterator[tuple[Reader, Event]]:
         """A request through the engine; when this is left early, so is the engine."""
+        if not self.healthy:  # since it was accepted
+            raise RequestError("failed", _BROKEN)
         reader = self.engine.add(request, position)
         inbox = self._inboxes[reader.number] = asyncio.Queue()
         self._work.set()
@@ -275,7 +280,7 @@ class Service:
         log.error("the engine failed: %s\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
         self.healthy = False
         for inbox in self._inboxes.values():
-            inbox.put_nowait(Failed("failed", "the engine failed; try again"))
+            inbox.put_nowait(Failed("failed", _BROKEN))
 
 
 class _Turn:

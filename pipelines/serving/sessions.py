@@ -168,6 +168,14 @@ class Sessions:
     def _is_expired(self, saved_s: float, now: float) -> bool:
         return self.limits.ttl_s is not None and now - saved_s > self.limits.ttl_s
 
+    def _has_expired(self, key: str) -> bool:
+        """Whether there is no such session, or no longer; then it is deleted."""
+        try:
+            self._load(key)
+        except RequestError as error:
+            return error.code == "session_not_found"
+        return False
+
     def _load(self, key: str) -> Loaded:
         blob = self.store.get(f"{key}/head")
         if blob is None:
@@ -209,7 +217,12 @@ class Sessions:
         self._take_room(len(data))
         made = False
         try:
-            blob = self._put(key, data, None)
+            try:
+                blob = self._put(key, data, None)
+            except RequestError:
+                if not self._has_expired(key):
+                    raise
+                blob = self._put(key, data, None)
             made = True
         finally:
             with self._lock:

@@ -23,6 +23,7 @@ import rmt_core
 from .errors import ApiError
 from .front import Front, usage_of
 from .openai_schema import SummaryRequest
+from .readers import Position
 from .requests import Done, Failed, OverloadedError, Progress, Request, RequestError, Written
 from .store import ConflictError
 
@@ -66,16 +67,15 @@ class SummaryJobs:
         tokens = await front.encode((body.text or "") + body.prompt)
         if not tokens:
             raise ApiError(400, "invalid_request", "text: there is nothing to read", "text")
-        scratch, num_before = None, 0
+        position: Position | None = None
         if body.session_id is not None:
-            scratch = f"summary {secrets.token_hex(16)}"  # with a space: no user's id
-            info = await front.call(front.service.sessions.fork, tenant, body.session_id, scratch)
-            num_before = info.num_tokens
+            loaded = await front.call(front.service.sessions.load, tenant, body.session_id)
+            position = loaded.record.position
+        num_before = 0 if position is None else position.num_tokens
         eos = front.tokenizer.eos_id
         request = Request(
             tokens=tokens,
             max_new_tokens=max_tokens,
-            session=scratch,
             tenant=tenant,
             sampling=rmt_core.Sampling(body.temperature, body.top_p),
             seed=body.seed,
@@ -85,7 +85,7 @@ class SummaryJobs:
         job = Job(f"summary-{secrets.token_hex(16)}", now, now, num_before + len(tokens), num_read=num_before)
         name = _name(tenant, job.id)
         tag = await front.call(self._put, name, job, None)
-        task = self._tasks[name] = asyncio.create_task(self._work(name, job, tag, request))
+        task = self._tasks[name] = asyncio.create_task(self._work(name, job, tag, request, position))
         task.add_done_callback(lambda _: self._tasks.pop(name, None))
         return job
 
@@ -123,11 +123,11 @@ class SummaryJobs:
 
     # --- one job ------------------------------------------------------------------------------------
 
-    async def _work(self, name: str, job: Job, tag: str, request: Request) -> None:
+    async def _work(self, name: str, job: Job, tag: str, request: Request, position: Position | None) -> None:
         """Do the job and keep its record; whatever ends it, the record says how."""
         last_renewed = time.monotonic()
         try:
-            async with contextlib.aclosing(self._steps(job, request)) as steps:
+            async with contextlib.aclosing(self._steps(job, request, position)) as steps:
                 async for job in steps:
                     if job.status == "running" and time.monotonic() - last_renewed < _RENEW_S:
                         continue
@@ -145,17 +145,12 @@ class SummaryJobs:
             failed = replace(job, status="failed", error="the server failed on it", renewed_s=time.time())
             with contextlib.suppress(ConflictError):
                 await self._front.service.call(self._put, name, failed, tag)
-        finally:
-            if request.session is not None:
-                with contextlib.suppress(RequestError):
-                    sessions = self._front.service.sessions
-                    await self._front.service.call(sessions.delete, request.tenant, request.session)
 
-    async def _steps(self, job: Job, request: Request) -> AsyncGenerator[Job, None]:
+    async def _steps(self, job: Job, request: Request, position: Position | None) -> AsyncGenerator[Job, None]:
         """The job as it goes on; the last one has ended."""
         service, parts = self._front.service, []
         try:
-            stream = service.submit(request)
+            stream = service.submit(request, position)
         except (OverloadedError, RequestError) as error:
             yield replace(job, status="failed", error=str(error))
             return

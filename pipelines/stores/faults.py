@@ -29,7 +29,9 @@ class TruncatedError(OSError):
     """Fewer bytes came than there are."""
 
 
-Kind = Literal["credentials", "no_bucket", "denied", "region", "clock", "passing", "full", "read_only", "other"]
+Kind = Literal[
+    "credentials", "no_bucket", "denied", "region", "clock", "passing", "full", "read_only", "in_the_way", "other"
+]
 
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _SHOWN_CHARACTERS = 300
@@ -64,6 +66,7 @@ _DISK_KINDS: dict[int, Kind] = {
     errno.EROFS: "read_only",
     errno.EACCES: "denied",
     errno.EPERM: "denied",
+    errno.ENOTDIR: "in_the_way",
     errno.ESTALE: "passing",  # NFS: the file was replaced by another host between two calls
 }
 
@@ -142,6 +145,8 @@ def disk_faults(uri: str) -> Iterator[None]:
             ) from error
         if kind == "read_only":
             raise RefusedError(f"{uri}: the disk is read-only ({shown(error)}); give another path") from error
+        if kind == "in_the_way":
+            raise RefusedError(f"{uri}: a file stands where a directory is needed; give another path") from error
         if kind == "denied":
             raise RefusedError(
                 f"{uri}: no permission ({shown(error)}); check its owner, or give another path"

@@ -65,9 +65,17 @@ def create_file(fresh: Path, final: Path) -> bool:
     return True
 
 
+def make_parent(path: Path) -> None:
+    """The directory that a file or directory will stand in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
+
+
 def put_directory(local: Path, final: Path) -> None:
     """Copies a directory and gives the copy its name as a whole; what had it is deleted."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(final)
     fresh, old = beside(final, "tmp"), beside(final, "old")
     try:
         fresh.mkdir()

@@ -9,6 +9,7 @@ instead.
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -83,11 +84,14 @@ def _keep(uri: str, mine: dict[str, Any], over: threading.Event) -> None:
         try:
             found = _read(uri)
             if found is not None and found["driver"] != mine["driver"]:
-                log.error("another train, process %s, has taken over this run: stop one of the two", found["pid"])
-                return
+                log.error("another train, process %s, has taken over this run: this one ends", found["pid"])
+                break
             storage.write_json(uri, mine | {"beat": beat})
         except OSError as error:
             log.warning("%s cannot be written (%s): a second train would not see this one", uri, error)
+    while not over.is_set():  # taken over: end at once, as by a second Ctrl-C, without a further checkpoint
+        os.kill(os.getpid(), signal.SIGINT)  # to the process: its main thread wakes
+        over.wait(_SETTLE_S)
 
 
 def _read(uri: str) -> dict[str, Any] | None:

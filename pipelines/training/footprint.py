@@ -3,7 +3,8 @@
 States are those of DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, for weights in 16 bits that are
 all trained: 2 + 18 / W bytes a parameter under ZeRO 2), by parts, so that frozen weights, float32 and the stages 0 and
 1 are covered too. A step has two moments that may be the worst: the backward pass, when activations give way to
-gradients and these to what is reduced of them, and the optimiser's step.
+gradients and these to what is reduced of them, and the optimiser's step. Under ZeRO 3 there is a third: the start, when
+DeepSpeed has the whole model on the device before it shares it out.
 """
 
 from typing import Any, NamedTuple
@@ -63,7 +64,8 @@ def footprint(config: TrainConfig, size: ModelSize, cost: SegmentCost, stage: in
     if config.workers.offload_optimizer and stage:
         host = optimizer + (width + _FLOAT32) * part
         backward, step = backward - optimizer, weights + width * part
-    return Footprint(stage, weights, gradients, optimizer, buffers, activations, max(backward, step), host)
+    start = width * size.num_parameters
+    return Footprint(stage, weights, gradients, optimizer, buffers, activations, max(backward, step, start), host)
 
 
 def activations_bytes(config: TrainConfig, cost: SegmentCost) -> int:

@@ -30,8 +30,11 @@ def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) 
 
     Reads a backbone's weights from the first byte to the last: seconds for a large one. InputError where it has none.
     """
+    settings = config.model_dump(mode="json", exclude=HOUSEKEEPING)
+    if config.curriculum.advance_below is not None:  # which is looked at when a line of metrics is written
+        settings["report"] = {"log_every": config.report.log_every}
     identity: Identity = {
-        "settings": config.model_dump(mode="json", exclude=HOUSEKEEPING),
+        "settings": settings,
         "data": {
             "fingerprint": store.fingerprint,
             "num_documents": len(store.manifest),

@@ -54,7 +54,9 @@ def _reading(config: TrainConfig, store: data.Reads, lanes: list[Any]) -> dict[s
     windows = _windows(config)
     per_lane = sum(size * number for size, number in windows.items())
     in_documents = per_lane * (len(lanes) - num_asked)
-    mean_len = num_tokens / num_segments
+    mean_len, epochs_of_stores = num_tokens / num_segments, None
+    if store.shares:
+        mean_len, epochs_of_stores = _weighted(store, in_documents)
     in_tasks = 0.0
     if num_asked:
         in_tasks = num_asked * sum(number * lanes[0].source.mean_len(size) for size, number in windows.items())
@@ -67,11 +69,24 @@ def _reading(config: TrainConfig, store: data.Reads, lanes: list[Any]) -> dict[s
         "num_segments": round(per_lane * len(lanes)),
         "num_tokens": round(in_documents * mean_len + in_tasks),
         "num_epochs": in_documents / num_segments,
+        "num_epochs_of_stores": epochs_of_stores,
         "padding_fraction": {
-            "segments": 1 - num_tokens / (num_segments * store.segment_len),
+            "segments": 1 - mean_len / store.segment_len,
             "lanes": _uneven_fraction(lanes),
         },
     }
+
+
+def _weighted(store: data.Reads, num_read: float) -> tuple[float, list[float]]:
+    """Of stores that are read by weight: mean tokens of a segment, and epochs of each in `num_read` segments of all."""
+    weight = sum(share.weight for share in store.shares)
+    mean_len, epochs = 0.0, []
+    for share in store.shares:
+        documents = store.manifest[share.documents.start : share.documents.stop]
+        num_segments = sum(document.num_segments for document in documents)
+        mean_len += share.weight / weight * sum(document.num_tokens for document in documents) / num_segments
+        epochs.append(num_read * share.weight / weight / num_segments)
+    return mean_len, epochs
 
 
 def _uneven_fraction(lanes: list[Any]) -> float:

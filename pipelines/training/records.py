@@ -125,7 +125,7 @@ class Journal:
         self.lines = _lines_until(self.uri, step)
         self.remote = storage.is_s3(output)
         self._folder = tempfile.TemporaryDirectory(prefix="rmt-") if self.remote else None
-        self.board = SummaryWriter(self.board_uri if self._folder is None else self._folder.name, purge_step=step)
+        self.board = SummaryWriter(self.board_uri if self._folder is None else self._folder.name, purge_step=step + 1)
         self._num_new = 0  # lines since the last flush
         self._upload()
 

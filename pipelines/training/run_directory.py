@@ -18,24 +18,23 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.json"  # the driver writes it before workers start
 FINISHED = "run.json"  # written last: a run without it has not reached its end
+_BACKBONE = "backbone"
 REGISTRY = "checkpoint_manager_snapshot.json"  # Ray Train's list of whole checkpoints; what is not on it is a left-over
 
 
 def earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
     """The result of a finished run with the same settings; refuses what would mix runs."""
+    if storage.exists(config.output) and not storage.is_directory(config.output):
+        raise InputError(f"{config.output} is a file; --output needs a directory")
     names = storage.list_names(config.output) if storage.exists(config.output) else []
     registered = registered_checkpoints(config.output)
     if config.resume == "never" and names:
         raise InputError(f"{config.output} holds a run already and resume is never; give another --output")
     if config.resume not in ("auto", "never"):
-        if not storage.exists(storage.join(config.resume, checkpoints.PROGRESS)):
-            raise InputError(f"resume {config.resume!r} is no checkpoint; give a checkpoint_* directory of a run")
-        if registered:
+        if not registered and FINISHED not in names:
+            _check_origin(config, identity)
+        elif storage.read_json(storage.join(config.output, CONFIG))["resume"] != config.resume:
             raise InputError(f"{config.output} holds a run already; give another --output to start from a checkpoint")
-        other = storage.read_json(storage.join(config.resume, checkpoints.PROGRESS))
-        check_same(other["identity"], identity, f"{config.resume} is of a run")
-        if other["step"] >= config.num_steps:
-            raise InputError(f"{config.resume} is of the last step, {other['step']}: nothing is left to do from there")
     if FINISHED in names:
         finished = storage.read_json(storage.join(config.output, FINISHED))
         check_same(finished["identity"], identity, f"{config.output} holds a finished run")
@@ -46,6 +45,16 @@ def earlier(config: TrainConfig, identity: Identity) -> dict[str, Any] | None:
         check_same(last_progress(config.output).identity, identity, f"{config.output} holds a run")
         log.info("going on with the run in %s from step %d", config.output, last_progress(config.output).step)
     return None
+
+
+def _check_origin(config: TrainConfig, identity: Identity) -> None:
+    """Refuses a checkpoint that this run cannot begin with."""
+    if not storage.exists(storage.join(config.resume, checkpoints.PROGRESS)):
+        raise InputError(f"resume {config.resume!r} is no checkpoint; give a checkpoint_* directory of a run")
+    other = storage.read_json(storage.join(config.resume, checkpoints.PROGRESS))
+    check_same(other["identity"], identity, f"{config.resume} is of a run")
+    if other["step"] >= config.num_steps:
+        raise InputError(f"{config.resume} is of the last step, {other['step']}: nothing is left to do from there")
 
 
 def remove_unfinished(output: str) -> None:
@@ -89,5 +98,10 @@ def publish(config: TrainConfig) -> str:
         if config.report.backbone:
             with tempfile.TemporaryDirectory(prefix="rmt-") as name:
                 save_backbone(name, rmt_core.load(folder), load_tokenizer(str(folder)))
-                storage.upload_directory(Path(name), storage.join(config.output, "backbone"), marker="config.json")
+                storage.upload_directory(Path(name), storage.join(config.output, _BACKBONE), marker="config.json")
     return target
+
+
+def has_backbone(output: str) -> bool:
+    """Whether the run's backbone has been written alone."""
+    return storage.exists(storage.join(output, _BACKBONE, "config.json"))

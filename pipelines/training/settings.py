@@ -296,6 +296,11 @@ class TrainConfig(Config):
             raise ValueError(
                 f"dataset.weights are {weights} for {num_stores} stores of data; give one above 0 for each store"
             )
+        if self.report.backbone and self.model.feed_forward is not None:
+            raise ValueError(
+                "report.backbone: a backbone with replaced feed-forward parts is no Hugging Face model; leave it or "
+                "model.feed_forward out"
+            )
         if self.workers.max_workers > self.batch_size:
             raise ValueError(
                 f"workers.num_workers {self.workers.max_workers} exceeds batch_size {self.batch_size}: every worker "

@@ -54,6 +54,7 @@ def test_the_id_is_the_custom_id_and_settings_are_the_requests() -> None:
         ({"prompt": "x", "stream": True}, {}, "`body.stream`"),
         ({"prompt": "x", "max_tokens": 0}, {}, "whole number from 1"),
         ({"prompt": "x", "max_tokens": True}, {}, "whole number from 1"),
+        ({"prompt": "x", "max_tokens": 10**15}, {}, "whole number from 1 to 1048576"),
         ({"prompt": "x", "max_tokens": 2, "max_completion_tokens": 3}, {}, "differ"),
         ({"prompt": "x", "temperature": -1}, {}, "a number from 0"),
         ({"prompt": "x", "temperature": float("nan")}, {}, "a number from 0"),

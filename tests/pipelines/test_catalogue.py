@@ -80,6 +80,8 @@ def test_repeated_ids_are_skipped_with_the_same_text_and_errors_with_another() -
     assert [entry.outcome for entry in found] == [None, None, "skipped", "error", "error"]
     assert [entry.is_repeated for entry in found] == [False, False, True, True, False]
     assert found[4] == entries[4]
+    asked = [Entry("a", "", "", sha256=digest, url="/v1/completions") for digest in "12"]
+    assert [entry.url for entry in catalogue.sort_out_repeated(asked)] == ["/v1/completions", None]  # one answer an id
 
 
 def test_tables_give_the_entries_back(folder: Path) -> None:

@@ -65,6 +65,17 @@ def test_one_of_another_machine_is_dead_when_it_writes_no_more(tmp_path: Path) -
         assert json.loads((tmp_path / CLAIM).read_text())["driver"] != "other"
 
 
+def test_a_driver_that_was_taken_for_dead_ends_when_it_wakes(tmp_path: Path) -> None:
+    def work() -> None:
+        with claimed(str(tmp_path)):
+            leave(str(tmp_path))
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert json.loads((tmp_path / CLAIM).read_text())["driver"] == "other"  # whose it is now
+
+
 def test_of_two_that_start_at_once_the_later_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim.time, "sleep", lambda seconds: leave(str(tmp_path), machine="elsewhere pid:[1]", pid=7))
     with pytest.raises(InputError, match="process 7 on elsewhere; wait"), claimed(str(tmp_path)):

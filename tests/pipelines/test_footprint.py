@@ -131,6 +131,12 @@ def test_an_offloaded_optimiser_is_on_the_host() -> None:
     assert without.device_bytes - need.device_bytes >= 12 * 10**9 // 2
 
 
+def test_zero_3_begins_with_the_whole_model_on_the_device() -> None:
+    config = build(TrainConfig, {"workers": {"offload_optimizer": True, "precision": "bfloat16"}})
+    need = footprint(config, ModelSize(13 * 10**9, 13 * 10**9, 10**8), NOTHING, 3, 8)
+    assert need.device_bytes == 2 * 13 * 10**9
+
+
 def test_activations_grow_with_what_a_mode_keeps() -> None:
     cost = SegmentCost(0, 0, kept_bytes=100, passing_bytes=10, state_bytes=1)
     modes: list[tuple[dict[str, Any], int]] = [

@@ -225,6 +225,16 @@ def test_sampled_windows_are_whole_segments_in_a_row_with_a_fresh_memory() -> No
     assert len(seen) == sum(entry.num_segments for entry in store.manifest)  # every segment can be drawn
 
 
+@pytest.mark.parametrize("num_segments", [1, 3, 8])
+def test_of_each_document_its_share_is_read_however_long_windows_are(num_segments: int) -> None:
+    sizes = [SEGMENT_LEN] * 40 + [40 * SEGMENT_LEN]  # half of all segments are one document's
+    for shares, wanted in (((), 0.5), ([Share(range(40), 1.0), Share(range(40, 41), 3.0)], 0.75)):
+        lanes_ = lanes.Lanes(sample_lanes(FakeStore(sizes, shares), 8), SEGMENT_LEN)
+        windows = [lanes_.window(step, num_segments).tokens for step in range(3000 // num_segments)]
+        of_long = np.mean([window[..., 0] >= 40_000 for window in windows])
+        assert of_long == pytest.approx(wanted, abs=0.03)
+
+
 def test_sampled_windows_depend_on_seed_step_and_lane_alone() -> None:
     store = FakeStore(SIZES)
     whole = lanes.Lanes(sample_lanes(store, 4), SEGMENT_LEN)

@@ -10,8 +10,12 @@ from pipelines import train
 from pipelines.config import build
 from pipelines.data import lanes as data
 from pipelines.data.books import BookStore
+from pipelines.data.plan import Share
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.training.plan import _reading
 from pipelines.training.reading import make_lanes
 from pipelines.training.settings import TrainConfig, num_segments_at
+from tests.pipelines.test_lanes import FakeStore
 
 SMALL = [
     *["tiny", "--batch-size", "4", "dataset.task_fraction", "0.25", "dataset.piece_segments", "5"],
@@ -61,6 +65,26 @@ def test_the_tokens_told_are_those_that_lanes_read(tmp_path: Path, capsys: pytes
         window = lanes.window(step, num_segments_at(config.curriculum, int(step >= 20), step, 0))
         read += int(window.lengths.sum())
     assert plan["num_tokens"] == pytest.approx(read, rel=0.02)
+
+
+def test_of_weighted_stores_the_tokens_told_are_those_that_lanes_read() -> None:
+    store = FakeStore([2] * 400 + [200] * 40, [Share(range(400), 1.0), Share(range(400, 440), 3.0)])
+    values: dict[str, Any] = {
+        "data": ["short", "long"],
+        "batch_size": 4,
+        "dataset": {"task_fraction": 0.0, "weights": [1.0, 3.0]},
+        "curriculum": {"num_segments": [2], "steps": [200], "vary": False},
+    }
+    for mode in ("stream", "sample"):
+        config = build(TrainConfig, values | {"dataset": values["dataset"] | {"mode": mode}})
+        lanes = make_lanes(config, store, ByteTokenizer())  # type: ignore[arg-type]
+        rows = data.Lanes(lanes, store.segment_len)
+        read = sum(int(rows.window(step, 2).lengths.sum()) for step in range(200))
+        plan = _reading(config, store, lanes)
+        assert plan["num_tokens"] == pytest.approx(read, rel=0.05)
+        assert plan["padding_fraction"]["segments"] == pytest.approx(1 - read / (200 * 4 * 2 * 8), abs=0.05)
+        epochs = plan["num_epochs_of_stores"]
+        assert epochs[1] / epochs[0] == pytest.approx(3 * 400 / 1000)
 
 
 def test_memory_is_told_for_every_stage_and_falls_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

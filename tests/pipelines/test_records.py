@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines import storage
 from pipelines.config import build
@@ -85,6 +86,23 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_told(tmp_path: Path, caplog:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert "left out 1 lines" in caplog.text
+
+
+def test_the_board_goes_on_behind_the_step_it_is_resumed_at(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    for begins, steps in ((0, [1, 2, 3, 4]), (3, [4, 5])):
+        journal = Journal(output, begins)
+        for step in steps:
+            journal.write({"step": step, "loss": float(begins + step)})
+        journal.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 7),
+        (5, 8),
+    ]
 
 
 def test_on_s3_lines_go_up_now_and_then_and_all_with_the_board_at_checkpoints(

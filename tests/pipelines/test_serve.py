@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 
 import rmt_core
 from pipelines import serve
-from pipelines.config import InputError
+from pipelines.config import InputError, build
 from pipelines.serving.deployment import WaitingSegments
+from pipelines.serving.serve_config import ServeConfig
 from tests.pipelines.serving_http import BYTES, MODEL, make_app, make_config, until, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +78,27 @@ def test_settings_that_cannot_work_are_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("serve: error: ")
     assert reason in error
+
+
+def test_replicas_that_the_machine_can_never_hold_are_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    for settings, reason in (({"device": "cuda"}, "needs 1 GPUs"), ({"replica_cpus": 3}, "exceeds the 2 cores")):
+        with pytest.raises(InputError, match=reason):
+            serve._check_room(build(ServeConfig, {"model": model, **settings}))
+
+
+def test_while_it_starts_a_signal_ends_it_and_later_the_second() -> None:
+    told = serve._Told()
+    with pytest.raises(KeyboardInterrupt):
+        told()
+    waiting = threading.Thread(target=told.wait)
+    waiting.start()
+    while not told._serving:
+        time.sleep(0.01)
+    told()
+    waiting.join()
+    with pytest.raises(KeyboardInterrupt):
+        told()
 
 
 def test_a_dry_run_prints_the_settings(model: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import psutil
+import pydantic
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import one_of
 
+from pipelines.serving.openai_schema import ChatRequest, CompletionRequest
 from tests.pipelines.serving_http import NAME, Running, running, until
 
 COMPLETION = {"model": NAME, "prompt": "a", "max_tokens": 1}
@@ -105,6 +107,18 @@ def test_a_body_that_makes_no_sense_is_refused(server: Running, name: str) -> No
 def test_a_wrong_parameter_is_refused_by_name(server: Running, wrong: dict[str, Any]) -> None:
     error = refused(server, "/v1/completions", content=json.dumps({**COMPLETION, **wrong}).encode(), headers=JSON)
     assert any(name in f"{error['param']} {error['message']}" for name in wrong)
+
+
+@pytest.mark.parametrize(
+    ("route", "field"),
+    [("completions", {"prompt": [""] * 2000}), ("chat/completions", {"messages": [1] * 2000})],
+)
+def test_of_a_long_list_one_fault_is_told(server: Running, route: str, field: dict[str, Any]) -> None:
+    kind = {"completions": CompletionRequest, "chat/completions": ChatRequest}[route]
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind(model=NAME, **field)
+    assert caught.value.error_count() <= 3
+    assert server.http.post(f"/v1/{route}", json={"model": NAME, **field}).status_code in (400, 422)
 
 
 @pytest.mark.parametrize("temperature", [1e-310, 5e-324])

@@ -1,5 +1,6 @@
 """OpenAI's interface, with OpenAI's own client unchanged; what the model writes is compared with no server at all."""
 
+import datetime
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,8 @@ import openai
 import pytest
 
 from pipelines.serving.chat import ChatFormat
-from pipelines.serving.openai_schema import NEUTRAL, NEUTRAL_IN_MESSAGES
+from pipelines.serving.errors import ApiError
+from pipelines.serving.openai_schema import NEUTRAL, NEUTRAL_IN_MESSAGES, Message
 from tests.pipelines.serving_http import NAME, Running, running, written
 
 PROMPT = "It is a truth universally acknowledged"
@@ -132,6 +134,14 @@ def test_a_models_own_template_is_used() -> None:
         refused = server.http.post("/v1/chat/completions", json=body)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "messages"
+
+
+def test_a_template_may_mark_answers_and_ask_for_the_day_and_its_faults_are_told() -> None:
+    message = Message(role="user", content="Hi")
+    marked = ChatFormat("{{ strftime_now('%Y') }}: {% generation %}{{ messages[0].content }}{% endgeneration %}.")
+    assert marked.prompt([message]) == f"{datetime.datetime.now():%Y}: Hi."
+    with pytest.raises(ApiError, match="takes no such messages"):
+        ChatFormat("{{ 1 // 0 }}").prompt([message])
 
 
 def test_a_stream_has_openais_form_and_ends_with_done(server: Running) -> None:

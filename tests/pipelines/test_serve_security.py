@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 
 from pipelines.config import InputError
 from pipelines.serving import auth
-from pipelines.serving.auth import Key, Keys, new_key, read_keys
+from pipelines.serving.auth import Key, Keys, given_key, new_key, read_keys
 from pipelines.serving.guard import OPEN_PATHS
 from pipelines.serving.serve_config import ServeConfig
 from tests.pipelines.serving_http import NAME, Running, running
@@ -220,3 +220,8 @@ def test_a_file_of_keys_that_is_not_one_is_refused_without_showing_it(
     assert ALICE not in str(caught.value)
     with pytest.raises(InputError, match="cannot be read"):
         read_keys(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("value", ["Basic \u00e9", "Basic !", "Basic /w==", "Digest x", ""])
+def test_what_is_no_key_is_none(value: str) -> None:
+    assert given_key(value) is None

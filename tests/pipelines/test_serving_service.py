@@ -50,6 +50,32 @@ def generated(prompt: list[int], num_new: int) -> list[int]:
     return rmt_core.generate(MODEL, [prompt], num_new).tokens[0]
 
 
+def test_a_request_may_begin_where_a_session_stands_and_leaves_it() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            service.sessions.create("", "a")
+            await service.submit(Request(TEXT, session="a")).result()
+            before = service.sessions.load("", "a")
+            info = service.sessions.info("", "a")
+            tokens, _, _ = await service.submit(Request([10], 7), before.record.position).result()
+            assert tokens == generated([*TEXT, 10], 7)
+            assert service.sessions.info("", "a") == info
+
+    run(test())
+
+
+def test_what_was_accepted_before_the_engine_failed_is_told() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            stream = service.submit(Request(TEXT, 7))
+            service.healthy = False
+            _, _, last = await stream.result()
+            assert last == Failed("failed", "the engine failed; try again")
+            service.healthy = True
+
+    run(test())
+
+
 def test_events_come_in_order_and_end_with_the_usage() -> None:
     async def test() -> None:
         async with serving() as service:

@@ -347,6 +347,16 @@ def test_sessions_expire(store: Store) -> None:
     assert list(store.entries()) == []
 
 
+def test_an_id_is_free_again_when_its_session_has_expired(store: Store) -> None:
+    sessions = sessions_of(store, ttl_s=100)
+    sessions.create("tenant", "a")
+    refused("session_exists", sessions.create, "tenant", "a")
+    clock: Any = sessions.clock
+    clock.ahead_s = 150
+    assert sessions.create("tenant", "a").version == 0
+    refused("session_exists", sessions.create, "tenant", "a")
+
+
 def test_what_a_killed_process_left_is_swept(store: Store) -> None:
     sessions = sessions_of(store)
     clock: Any = sessions.clock

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 
 import rmt_core
 from pipelines import storage, summarise
-from pipelines.config import parse
+from pipelines.config import InputError, parse
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.summarising import planning, rows
 from pipelines.summarising.crew import Crew
@@ -480,6 +480,11 @@ def test_called_it_gives_the_summaries_of_texts(model: str) -> None:
     assert summarise_texts([]) == []
     with pytest.raises(DocumentError, match="text 1: the document is empty"):
         summarise_texts(["full", ""])
+    with pytest.raises(DocumentError, match="text 0: half of a surrogate pair at character 1"):
+        summarise_texts("a\ud800")
+    for wrong in ({"max_new_tokens": 0}, {"batch_size": 0}):
+        with pytest.raises(InputError, match="is 0; it must be at least 1"):
+            summarise.Summariser(model, **wrong)
 
 
 def test_a_plan_takes_no_more_memory_for_more_documents(tmp_path: Path) -> None:

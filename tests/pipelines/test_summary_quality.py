@@ -90,6 +90,16 @@ def test_a_table_is_written_from_finished_summaries(tmp_path: Path, capfd: pytes
         assert summary_quality.main([*given, "--summaries", wrong]) == 2
 
 
+def test_summaries_of_other_documents_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pairs = [{"id": str(n), "text": TEXT, "references": ["The fox ran away."]} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "documents.jsonl").write_text(json.dumps({"id": "0", "text": TEXT}) + "\n")
+    given = ["--pairs", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out"), "--model", str(tmp_path)]
+    assert summary_quality.main(given) == 2
+    assert "holds summaries of other documents" in capfd.readouterr().err
+
+
 def test_texts_to_train_on_are_documents_with_prompt_and_reference(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

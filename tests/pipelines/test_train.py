@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -151,6 +152,44 @@ def test_a_run_cannot_begin_at_the_last_step_of_another(finished: Path, tmp_path
         train.train(config(tmp_path / "run", resume=str(last.parent)))
 
 
+def test_begun_at_a_checkpoint_the_same_command_goes_on(finished: Path, tmp_path: Path) -> None:
+    run, origin = tmp_path / "run", str(tmp_path / "elsewhere" / "checkpoint_1")
+    shutil.copytree(finished, run)
+    settings = json.loads((run / "config.json").read_text()) | {"resume": origin}
+    (run / "config.json").write_text(json.dumps(settings))
+    assert train.train(config(run, resume=origin))["num_steps"] == 48  # finished
+    (run / "run.json").unlink()
+    identity = train.check(config(run))
+    assert run_directory.earlier(config(run, resume=origin), identity) is None  # it goes on
+    with pytest.raises(InputError, match="holds a run already; give another --output to start from"):
+        run_directory.earlier(config(run, resume=origin + "2"), identity)
+
+
+def test_a_backbone_that_is_asked_for_after_the_end_is_written(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    report = SMALL["report"] | {"backbone": True}  # type: ignore[operator]
+    train.train(config(run, report=report))
+    assert (run / "backbone" / "model.safetensors").exists()
+
+
+def test_lines_by_which_a_stage_is_judged_are_part_of_the_run(tmp_path: Path) -> None:
+    curriculum = SMALL["curriculum"] | {"advance_below": 0.1}  # type: ignore[operator]
+    often, seldom = ({"report": {"log_every": every}} for every in (2, 4))
+    judged = [train.check(config(tmp_path, curriculum=curriculum, **report)) for report in (often, seldom)]
+    assert judged[0]["settings"] != judged[1]["settings"]
+    assert train.check(config(tmp_path, **often)) == train.check(config(tmp_path, **seldom))
+
+
+@pytest.mark.parametrize("below", ["", "/run", "/runs/run"])
+def test_an_output_that_is_or_is_below_a_file_is_one_line(
+    local_ray: None, below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert train.main(["tiny", "--output", f"{tmp_path}/file{below}"]) == 2
+    assert re.search("file: is a file|is a file; --output|a file stands where", capsys.readouterr().err)
+
+
 def test_a_second_start_leaves_what_the_first_is_writing(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +300,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--seeds", "2", "--resume", "runs/a/checkpoint_1"], "where seeds is more than 1"),
         (["--data", "nowhere"], "nowhere"),
         (["--resume", "nowhere"], "no checkpoint"),
+        (["report.backbone", "yes", "model.feed_forward", '{"kind": "ultramem", "layers": [1]}'], "leave it or"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import hypothesis
@@ -73,6 +74,11 @@ def both(request: pytest.FixtureRequest) -> Both:
 def test_a_book_has_the_librarys_ids(both: Both) -> None:
     assert both.check(BOOK)
     assert both.check(BOOK), "with its words known"
+
+
+def test_a_thread_beside_others_has_the_same_ids(both: Both) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(both.check, BOOK).result()
 
 
 PARTS = ["'s", "'LL", "'", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "a", "Don", "\u00e9", "e\u0301", "\u0416"]
