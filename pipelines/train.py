@@ -342,7 +342,7 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
             if not metrics:
                 continue
             bar.n = metrics["step"]
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_s=f"{metrics['tokens_per_s']:.0f}")
+            bar.set_postfix(loss=_nats(metrics["loss"]), tokens_per_s=f"{metrics['tokens_per_s']:.0f}")
             if bar.disable and time.monotonic() - shown > _LINE_S:
                 shown = time.monotonic()
                 log.info(_line(metrics, config.num_steps))
@@ -353,11 +353,16 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
     return asked.is_set()
 
 
+def _nats(loss: float | None) -> str:
+    """None: nothing was asked since the last line."""
+    return "-" if loss is None else f"{loss:.3f}"
+
+
 def _line(metrics: dict[str, Any], num_steps: int) -> str:
     answer = metrics.get("answer_loss")
     planted = "" if answer is None else f", answers {answer:.3f}"
     return (
-        f"step {metrics['step']}/{num_steps}: loss {metrics['loss']:.3f} nats{planted}, "
+        f"step {metrics['step']}/{num_steps}: loss {_nats(metrics['loss'])} nats{planted}, "
         f"{metrics['num_segments']} segments, {metrics['tokens_per_s']:.0f} tokens/s"
     )
 

@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
     vocab_size: int  # ids are below it
     eos_id: int | None
     fingerprint: str  # equal for tokenizers that give equal ids
+    own_names: Sequence[str]  # texts that become tokens with a meaning of their own, such as `<|im_end|>`
 
     def encode(self, text: str) -> np.ndarray: ...  # (T,) int32
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
@@ -59,6 +60,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id: int | None = 256
+    own_names: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.fingerprint = fingerprint(_byte_tokenizer_json())
@@ -111,6 +113,10 @@ class JsonTokenizer:
         self.eos_id = vocabulary[self._eos_token] if self._eos_token is not None else None
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.fingerprint = fingerprint([content, self._eos_token])
+        added = content.get("added_tokens") or []
+        self.own_names: Sequence[str] = [
+            token["content"] for token in added if token.get("special") and token["content"]
+        ]
         self._chat = chat if chat.bos_token in vocabulary else chat._replace(bos_token=None)
 
     def encode(self, text: str) -> np.ndarray:

@@ -25,7 +25,13 @@ _TEMPLATE_FILE, _CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 class ChatFormat:
     """How messages become a prompt. A template runs in a sandbox; it reaches no files and no network."""
 
-    def __init__(self, template: str | None, special_tokens: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        template: str | None,
+        special_tokens: dict[str, str] | None = None,
+        own_names: Sequence[str] = (),  # of the tokenizer: by these a message could pass for others
+    ) -> None:
+        self._own_names = own_names
         self.stop_strings = () if template is not None else ("\n\nUser:", "\n\nSystem:")
         self._special_tokens = special_tokens or {}
         self._template: jinja2.Template | None = None
@@ -40,7 +46,12 @@ class ChatFormat:
                 raise InputError(f"the model's chat template is not valid: {error}") from error
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text to read. ApiError where the template takes no such messages."""
+        """The text to read. ApiError where the template takes no such messages, or one holds a token's name."""
+        for message in messages:
+            for name in self._own_names:
+                if name in message.text:
+                    reason = f"a message holds {name}, which the model knows as a token of its own; take it out"
+                    raise ApiError(400, "invalid_request", reason, "messages")
         if self._template is None:
             turns = [f"{_NAMES[message.role]}: {message.text}\n\n" for message in messages]
             return "".join([*turns, "Assistant:"])
@@ -56,7 +67,7 @@ class ChatFormat:
             ) from None
 
 
-def load_chat_format(model: str) -> ChatFormat:
+def load_chat_format(model: str, own_names: Sequence[str]) -> ChatFormat:
     """What a model's directory says: chat_template.jinja, or the chat_template of tokenizer_config.json. InputError."""
     try:
         file = storage.join(model, _CONFIG_FILE)
@@ -68,7 +79,7 @@ def load_chat_format(model: str) -> ChatFormat:
     if isinstance(template, list):  # several, each with a name
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     tokens = {name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return ChatFormat(template, {name: token for name, token in tokens.items() if token is not None})
+    return ChatFormat(template, {name: token for name, token in tokens.items() if token is not None}, own_names)
 
 
 def _token(value: Any) -> str | None:

@@ -51,7 +51,7 @@ def build_front(config: ServeConfig) -> Front:
     limits = Limits(config.session_ttl_s, config.max_sessions, kept_versions=config.kept_versions)
     sessions = Sessions(open_store(config.store), engine.start(), fingerprint=fingerprint, limits=limits)
     service = Service(engine, sessions, max_requests=config.max_requests)
-    return Front(service, tokenizer, config, load_chat_format(storage.absolute(config.model)))
+    return Front(service, tokenizer, config, load_chat_format(storage.absolute(config.model), tokenizer.own_names))
 
 
 @serve.ingress()

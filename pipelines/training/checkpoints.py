@@ -152,7 +152,11 @@ def convert(folder: Path) -> Path:
         done = subprocess.run([*command, *workers], env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"DeepSpeed could not convert the checkpoint {source}: {done.stderr.strip()[-2000:]}")
-        part.rename(target)
+        try:
+            part.rename(target)
+        except OSError:
+            if not target.exists():  # else another process has made the same meanwhile
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target

@@ -120,7 +120,7 @@ def test_a_saved_tokenizer_keeps_how_its_model_chats(bpe_directory: Path, tmp_pa
     load_tokenizer(str(given)).save_pretrained(tmp_path / "store")  # as prepare does, and then train
     load_tokenizer(str(tmp_path / "store")).save_pretrained(tmp_path / "model")
     said = [Message(role="user", content="Hi")]
-    assert load_chat_format(str(tmp_path / "model")).prompt(said) == "<eos><user>Hi<stop>"
+    assert load_chat_format(str(tmp_path / "model"), ()).prompt(said) == "<eos><user>Hi<stop>"
     assert load_tokenizer(str(tmp_path / "model")).fingerprint == load_tokenizer(str(bpe_directory)).fingerprint
     standard = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     assert standard.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<eos><user>Hi<stop>"
