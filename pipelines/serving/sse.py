@@ -36,4 +36,5 @@ async def _lines(running: Running, objects: Callable[[Event], Iterable[dict[str,
 
 
 def _line(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    """In ASCII: clients that cut lines as `str.splitlines` does would cut at U+2028 and U+0085 too."""
+    return f"data: {json.dumps(value)}\n\n"

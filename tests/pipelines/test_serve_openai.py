@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from pipelines.serving import sse
 from pipelines.serving.chat import ChatFormat
 from pipelines.serving.errors import ApiError
 from pipelines.serving.openai_schema import NEUTRAL, NEUTRAL_IN_MESSAGES, Message
@@ -142,6 +143,12 @@ def test_a_template_may_mark_answers_and_ask_for_the_day_and_its_faults_are_told
     assert marked.prompt([message]) == f"{datetime.datetime.now():%Y}: Hi."
     with pytest.raises(ApiError, match="takes no such messages"):
         ChatFormat("{{ 1 // 0 }}").prompt([message])
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    line = sse._line({"text": "a\u2028b\u0085c\u00e9"})
+    assert line.splitlines() == [line[:-2], ""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": "a\u2028b\u0085c\u00e9"}
 
 
 def test_no_message_passes_for_others_by_the_names_of_tokens() -> None:
