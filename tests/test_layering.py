@@ -297,6 +297,7 @@ print(json.dumps({"writes": writes, "same": before == after, "cuda": torch.cuda.
 """
 
 
+@pytest.mark.long
 def test_importing_every_module_changes_nothing() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

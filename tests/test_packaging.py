@@ -62,6 +62,7 @@ def test_the_wheel_names_scripts_and_extras(wheel: Path) -> None:
     assert "Requires-Python: >=3.11\n" in metadata
 
 
+@pytest.mark.long
 def test_the_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", "installed", str(wheel)]
     subprocess.run([sys.executable, *install], cwd=tmp_path, check=True, capture_output=True)

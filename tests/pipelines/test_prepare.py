@@ -352,6 +352,7 @@ def test_an_input_without_any_document_still_ends_with_a_store(
     assert "nothing to do" in stderr
 
 
+@pytest.mark.long
 def test_a_unit_spread_over_workers_becomes_the_same(
     local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,6 +446,7 @@ def test_an_interrupted_run_is_gone_on_with(
     assert _files(output) == _files(whole)
 
 
+@pytest.mark.long
 def test_units_that_are_not_as_they_were_are_made_again(
     local_ray: None, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_connections_cut_at_any_point_leave_nothing(server: Running) -> None:
     until(lambda: not server.front.service.engine.slots.holders, "the end of summaries that were begun")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
 def test_requests_made_of_the_schema_never_break_the_server(server: Running, mode: schemathesis.GenerationMode) -> None:
     """schemathesis makes values that fit the schema, and values that do not."""

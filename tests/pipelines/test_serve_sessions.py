@@ -241,6 +241,7 @@ def test_a_summary_is_cancelled_from_here_and_from_another_replica() -> None:
             assert server.http.get(f"/v1/summaries/{job}").json()["status"] == "cancelled"
 
 
+@pytest.mark.long
 def test_a_server_that_leaves_ends_what_it_can_and_says_so() -> None:
     store, short = MemoryStore(), LONG_TEXT[:4000]
     with running(store=store, drain_timeout_s=60) as server:

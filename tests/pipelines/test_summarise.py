@@ -334,6 +334,7 @@ def test_a_limit_takes_the_first_and_shards_share_an_output(
     assert (code, "limit 11 there, 12 asked for" in err) == (2, True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["directory", "s3"])
 def test_commands_that_begin_a_job_together_go_on_with_one_plan(
     in_process: None,

@@ -185,6 +185,7 @@ print(len(rmt_core.generate(model, [[1, 2, 3]], 4).tokens[0]))
 """
 
 
+@pytest.mark.long
 def test_the_merged_model_needs_neither_peft_nor_deepspeed(tmp_path: Path) -> None:
     model = adapted(build(dtype="float32"))
     save_tensors(tmp_path / "model", model.config, plain_tensors(model))
