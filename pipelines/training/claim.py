@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CLAIM = "driver.json"
 BEAT_S, STALE_S = 5.0, 30.0  # between two writings; without one, after which the driver counts as dead
+_PAUSES_S = (1.0, 30.0, 30.0)  # behind each Ctrl-C that a driver gives itself: the first asks, the second ends
 _SETTLE_S = 0.2  # in which two that start at once have both written, and the later one has it
 
 
@@ -89,9 +90,11 @@ def _keep(uri: str, mine: dict[str, Any], over: threading.Event) -> None:
             storage.write_json(uri, mine | {"beat": beat})
         except OSError as error:
             log.warning("%s cannot be written (%s): a second train would not see this one", uri, error)
-    while not over.is_set():  # taken over: end at once, as by a second Ctrl-C, without a further checkpoint
+    for pause_s in _PAUSES_S:  # taken over: end at once, as by a second Ctrl-C, without a further checkpoint
+        if over.is_set():
+            break
         os.kill(os.getpid(), signal.SIGINT)  # to the process: its main thread wakes
-        over.wait(_SETTLE_S)
+        over.wait(pause_s)
 
 
 def _read(uri: str) -> dict[str, Any] | None:
