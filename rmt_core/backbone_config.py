@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-_KNOWN_TO_ALL = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype")  # older names, still understood
+# Older names that are still understood, and `head_dim`, which models follow whose families do not name it.
+_KNOWN_TO_ALL = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "head_dim")
 _WRITTEN = {"transformers_version", "return_dict"}  # one of them is in every config.json and every `to_dict()`
 
 

@@ -303,7 +303,7 @@ def test_recall_gives_fractions_with_interval_and_chance(background: str) -> Non
 def test_a_recalled_fact_ends_before_the_segment_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Sample] = []
 
-    def marks(model: Any, batch: list[Sample], memories: tuple[str, ...], tokenizer: Any) -> Marks:
+    def marks(model: Any, batch: list[Sample], memories: tuple[str, ...], tokenizer: Any, *, compiled: bool) -> Marks:
         drawn.extend(batch)
         return Marks(
             {memory: [np.zeros(1, dtype=bool) for _ in batch] for memory in memories},
