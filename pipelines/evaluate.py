@@ -38,7 +38,7 @@ from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
-from pipelines.tasks.running import Full, Run, load, measure, reading
+from pipelines.tasks.running import Full, Run, check_compiler, load, measure, reading
 from pipelines.tasks.subject import subject_of
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evaluate")
@@ -107,9 +107,7 @@ class EvaluateConfig(Config):
         "such segments are asked (none: the model's own)",
     )
     device: Literal["cpu", "cuda"] = pydantic.Field("cpu", description="where models run: cpu or cuda")
-    compile: bool = pydantic.Field(
-        False, description="on a CPU, compile what reads up to a question: twice as fast over millions of tokens"
-    )
+    compile: bool = pydantic.Field(False, description="on a CPU, compile what reads up to a question, to be faster")
     num_cpus: int | None = pydantic.Field(
         None, ge=1, description="cores for the Ray that is started here (none: all); the result is the same"
     )
@@ -217,6 +215,8 @@ def _full(config: EvaluateConfig) -> Full | None:
 def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material, dict[str, Any]]:
     """What is evaluated, with what, and all that decides the figures. Everything that can be refused is."""
     model, tokenizer = load(model_uri)
+    if config.compile:
+        check_compiler()
     try:
         reader = reading(model, _full(config))
     except ValueError as error:

@@ -1,5 +1,7 @@
 """Running one task at one length, wherever it is sent: the model is loaded where it is used."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -46,6 +48,14 @@ def measure(run: Run, material: Material) -> list[Figure]:
         return [Figure(DOES_NOT_FIT, float(error.num_bytes), reason=str(error))]
     num_texts = _num_texts(figures, run.length)
     return [*figures, *(figure._replace(num_texts=num_texts) for figure in meter.figures())]
+
+
+def check_compiler() -> None:
+    """InputError where this machine cannot compile: torch would tell so in the middle of a text."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise InputError(
+            "--compile needs a C++ compiler on the path (g++, or what CXX names); install one, or leave it out"
+        )
 
 
 def reading(model: RecurrentModel, full: Full | None) -> RecurrentModel:

@@ -23,7 +23,7 @@ from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
 from pipelines.tasks.questions import wilson_interval
 from pipelines.tasks.report import Subject
-from pipelines.tasks.running import Run, load
+from pipelines.tasks.running import Run, check_compiler, load
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
@@ -256,6 +256,12 @@ def test_wrong_input_is_refused_in_one_line_before_ray_starts(
     assert command.err[0].startswith("evaluate: error: ")
     assert all(word in command.err[0] for word in says), command.err[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(InputError, match="--compile needs a C.. compiler"):
+        check_compiler()
 
 
 @pytest.fixture(scope="module")
