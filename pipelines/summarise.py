@@ -29,6 +29,7 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
 
 import logging
 import re
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -149,7 +150,8 @@ def summarise(config: SummariseConfig) -> dict[str, Any]:
                 job = _plan(config, ledger, files, decisive)
             todo = whats_left(ledger, job, config.shard_numbers(), retry=config.retry_failed)
             every = config.state_every if config.state_every is not None else default_every(settings.strategy)
-            work = Work(output, job["plan"], job["decisive"]["model"], job["config_fingerprint"], every, todo.round + 1)
+            decided = job["plan"], job["decisive"]["model"], job["config_fingerprint"]
+            work = Work(output, *decided, every, todo.round + 1, secrets.token_hex(8))
             made = run_blocks(settings, work, _crew(config, job, todo))
     result = _finish(ledger, job, todo, made, time.monotonic() - begun)
     return _shown(output, result, strict=config.strict)

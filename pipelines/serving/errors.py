@@ -16,6 +16,7 @@ STATUS: Mapping[Code, int] = {
     "version_conflict": 409,
     "model_mismatch": 409,
     "store_full": 429,
+    "store_unavailable": 503,
     "failed": 500,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

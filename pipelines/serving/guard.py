@@ -101,13 +101,15 @@ class Guard:
 
 
 class _Body:
-    """A request's body within its size, and with no longer a pause than is allowed."""
+    """A request's body within its size and its time, and with no longer a pause than is allowed."""
 
     def __init__(self, scope: Scope, receive: Receive, config: ServeConfig) -> None:
         headers = Headers(scope=scope)
         streamed = scope["path"].endswith("/append") and not _is_json(headers.get("content-type", ""))
         self.limit = config.max_append_bytes if streamed else config.max_body_bytes
-        self.timeout_s = config.body_timeout_s
+        self.pause_s = config.body_timeout_s
+        self.timeout_s = config.request_timeout_s
+        self._begun = time.monotonic()
         self._receive = receive
         self._declared = headers.get("content-length", "0")
         self._num_bytes = 0
@@ -118,11 +120,15 @@ class _Body:
             return await self._receive()
         if self._declared.isdecimal() and len(self._declared) < 20 and int(self._declared) > self.limit:
             raise self._too_large()
+        left_s = max(0.0, self._begun + self.timeout_s - time.monotonic())
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(min(self.pause_s, left_s)):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"no further part of the body came within {self.timeout_s:g} s") from None
+            late = f"no further part of the body came within {self.pause_s:g} s"
+            if left_s < self.pause_s:
+                late = f"the body was not whole within {self.timeout_s:g} s"
+            raise HTTPException(408, late) from None
         if message["type"] == "http.request":
             self._num_bytes += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)

@@ -15,6 +15,7 @@ Code = Literal[
     "version_conflict",
     "model_mismatch",
     "store_full",
+    "store_unavailable",
     "failed",
 ]
 

@@ -44,7 +44,9 @@ class ServeConfig(Config):
     max_append_bytes: Count = pydantic.Field(2**25, ge=1024, description="bytes of a text that is streamed to append")
     max_prompt_tokens: Count = pydantic.Field(2**22, ge=1, description="tokens that one request may have read")
     max_new_tokens: Count = pydantic.Field(4096, ge=1, description="tokens that one request may have written")
-    request_timeout_s: float = pydantic.Field(600.0, gt=0, description="seconds that one request may take")
+    request_timeout_s: float = pydantic.Field(
+        600.0, gt=0, description="seconds that a body may take to come, and then its request"
+    )
     body_timeout_s: float = pydantic.Field(30.0, gt=0, description="seconds without a further part of a body")
     drain_timeout_s: float = pydantic.Field(
         60.0, ge=0, description="seconds that a leaving replica waits for requests, then summaries"

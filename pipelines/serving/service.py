@@ -25,6 +25,7 @@ from .readers import Position, Reader
 from .records import Result, digest_of, hashed
 from .requests import Done, Event, Failed, OverloadedError, Request, RequestError, Written
 from .sessions import Loaded, Sessions, check_version
+from .store import UnavailableError
 from .text import TextStream
 
 log = logging.getLogger(__name__)
@@ -140,8 +141,13 @@ class Service:
         )
 
     async def call(self, function: Callable[..., _Result], *args: object) -> _Result:
-        """Run a blocking method of `sessions` in the store's threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+        """Run a blocking method of `sessions` or their store in threads of their own. Raises what it raises, and
+        RequestError where the store does not answer."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+        except UnavailableError as error:
+            log.error("the session store does not answer: %s", error)
+            raise RequestError("store_unavailable", "the session store does not answer; try again later") from error
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing more and wait until all requests have ended; whether they have within the time."""

@@ -25,10 +25,15 @@ class ConflictError(RuntimeError):
     """What is kept there is not what the caller meant to replace."""
 
 
+class UnavailableError(RuntimeError):
+    """The store cannot be reached or does not do what it should: one line, with no content and no secret."""
+
+
 class Store(Protocol):
     """Bytes by name; a name has the form `group/part`, both of letters, digits and dashes.
 
-    A write is seen whole or not at all. Safe for several threads, processes and machines at once.
+    A write is seen whole or not at all. Safe for several threads, processes and machines at once. All methods raise
+    UnavailableError; whether a write that did so was made is unknown.
     """
 
     def get(self, name: str) -> Blob | None: ...

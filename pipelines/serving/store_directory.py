@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines import storage
 
-from .store import Blob, ConflictError, Entry
+from .store import Blob, ConflictError, Entry, UnavailableError
 
 
 class DirectoryStore:
@@ -23,14 +23,15 @@ class DirectoryStore:
         self.root.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str) -> Blob | None:
-        try:
-            data = self._path(name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with _asking():
+            try:
+                data = self._path(name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         return Blob(data, hashlib.sha256(data).hexdigest())
 
     def put(self, name: str, data: bytes, tag: str | None) -> str:
-        with self._locked(name):
+        with _asking(), self._locked(name):
             found = self.get(name)
             if (None if found is None else found.tag) != tag:
                 raise ConflictError(name)
@@ -39,7 +40,7 @@ class DirectoryStore:
 
     def delete(self, name: str) -> bool:
         path = self._path(name)
-        with self._locked(name):
+        with _asking(), self._locked(name):
             try:
                 path.unlink()
             except FileNotFoundError:
@@ -49,10 +50,15 @@ class DirectoryStore:
         return True
 
     def entries(self, group: str | None = None) -> Iterator[Entry]:
-        for path in sorted(self.root.glob(f"??/{group or '*'}/[!.]*")):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                found = path.stat()
-                yield Entry(f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime)
+        with _asking():
+            paths = sorted(self.root.glob(f"??/{group or '*'}/[!.]*"))
+        for path in paths:
+            with _asking():
+                try:
+                    found = path.stat()
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+            yield Entry(f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime)
 
     def _path(self, name: str) -> Path:
         return self.root / name[:2] / name
@@ -64,3 +70,12 @@ class DirectoryStore:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
             yield
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """What a disk says that is full, broken or not mounted, as UnavailableError."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(f"the directory of sessions: {error.strerror or error}") from error

@@ -1,5 +1,6 @@
 """Sessions in Redis: a hash `rmt:session:<group>/<part>` of data, tag and time a name."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import Iterator
@@ -8,12 +9,13 @@ from typing import Any
 from pipelines.config import InputError
 from pipelines.extras import require_extra
 
-from .store import Blob, ConflictError, Entry
+from .store import Blob, ConflictError, Entry, UnavailableError
 
 _PREFIX = "rmt:session:"
 # KEYS: the name. ARGV: the tag that must be there ("" for none), the new tag, the data, the time.
 _PUT = """
 local found = redis.call('HGET', KEYS[1], 'tag')
+if found == ARGV[2] then return 1 end -- sent again, since the answer was lost
 if (found or '') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'tag', ARGV[2], 'data', ARGV[3], 'modified_s', ARGV[4])
 return 1
@@ -35,24 +37,41 @@ class RedisStore:
         self._put = self._client.register_script(_PUT)
 
     def get(self, name: str) -> Blob | None:
-        data, tag = self._client.hmget(_PREFIX + name, "data", "tag")
+        with _asking():
+            data, tag = self._client.hmget(_PREFIX + name, "data", "tag")
         return None if tag is None else Blob(data, tag.decode())
 
     def put(self, name: str, data: bytes, tag: str | None) -> str:
         new = uuid.uuid4().hex
-        if not self._put(keys=[_PREFIX + name], args=[tag or "", new, data, repr(time.time())]):
+        with _asking():
+            is_put = self._put(keys=[_PREFIX + name], args=[tag or "", new, data, repr(time.time())])
+        if not is_put:
             raise ConflictError(name)
         return new
 
     def delete(self, name: str) -> bool:
-        return bool(self._client.delete(_PREFIX + name))
+        with _asking():
+            return bool(self._client.delete(_PREFIX + name))
 
     def entries(self, group: str | None = None) -> Iterator[Entry]:
-        found = self._client.scan_iter(match=f"{_PREFIX}{group or '*'}/*", count=1000)
-        for key in sorted(set(found)):  # a scan may give a name twice
+        with _asking():
+            found = set(self._client.scan_iter(match=f"{_PREFIX}{group or '*'}/*", count=1000))  # may give a name twice
+        for key in sorted(found):
             pipe = self._client.pipeline(transaction=False)
             pipe.hstrlen(key, "data")
             pipe.hget(key, "modified_s")
-            num_bytes, modified_s = pipe.execute()
+            with _asking():
+                num_bytes, modified_s = pipe.execute()
             if modified_s is not None:  # deleted meanwhile
                 yield Entry(key.decode().removeprefix(_PREFIX), num_bytes, float(modified_s))
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    """What the client says of a server that is down, full or loading, as UnavailableError."""
+    import redis
+
+    try:
+        yield
+    except redis.RedisError as error:
+        raise UnavailableError(f"Redis: {type(error).__name__}: {error}") from error

@@ -10,7 +10,7 @@ from pipelines.extras import require_extra
 from pipelines.stores import faults, s3
 from pipelines.stores.retry import Backoff, steadily
 
-from .store import Blob, ConflictError, Entry
+from .store import Blob, ConflictError, Entry, UnavailableError
 
 _Result = TypeVar("_Result")
 
@@ -22,7 +22,7 @@ class S3Store:
     """Objects below a prefix, reached with the settings and the patience of `pipelines.storage`, but by boto3.
 
     The store must know `If-Match` and `If-None-Match` in PUT, as Amazon's does since November 2024; pyarrow's file
-    system, which the rest of the project uses, cannot send these. What stays is a StorageError in one line.
+    system, which the rest of the project uses, cannot send these. What stays is an UnavailableError in one line.
     """
 
     def __init__(self, uri: str) -> None:
@@ -62,7 +62,7 @@ class S3Store:
                 return
             finally:
                 self.delete(name)
-        except storage.StorageError as error:
+        except UnavailableError as error:
             raise InputError(f"the session store {uri} cannot be written to: {error}") from error
         raise InputError(f"the session store {uri} knows no conditional writes (If-None-Match); use another one")
 
@@ -126,7 +126,8 @@ class S3Store:
         except ConflictError:
             raise
         except Exception as error:  # of botocore, urllib3 or the connection
-            raise faults.explained_s3(error, path, self._how.endpoint, self._how.attempts) from error
+            explained = faults.explained_s3(error, path, self._how.endpoint, self._how.attempts)
+            raise UnavailableError(str(explained)) from error
 
 
 def _status(error: Any) -> int:

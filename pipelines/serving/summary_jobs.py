@@ -132,19 +132,32 @@ class SummaryJobs:
                     if job.status == "running" and time.monotonic() - last_renewed < _RENEW_S:
                         continue
                     job = replace(job, renewed_s=time.time())
-                    tag = await self._front.service.call(self._put, name, job, tag)
+                    tag = await self._keep(name, job, tag)
                     last_renewed = time.monotonic()
         except ConflictError:
             pass  # cancelled or deleted by another replica
         except asyncio.CancelledError:  # as the server closes; or by a user, whose request has changed the record
             job = replace(job, status="failed", error=_CLOSED, renewed_s=time.time())
-            with contextlib.suppress(ConflictError):
+            with contextlib.suppress(ConflictError, RequestError):
                 await self._front.service.call(self._put, name, job, tag)
         except Exception as error:  # the border of a job: its message may hold what the user wrote
             log.error("a summary failed: %s\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
             failed = replace(job, status="failed", error="the server failed on it", renewed_s=time.time())
-            with contextlib.suppress(ConflictError):
+            with contextlib.suppress(ConflictError, RequestError):
                 await self._front.service.call(self._put, name, failed, tag)
+
+    async def _keep(self, name: str, job: Job, tag: str) -> str:
+        """Write the record; the new tag. While the store does not answer, a job goes on, and an ended one waits."""
+        give_up_s = time.monotonic() + _STALE_S
+        while True:
+            try:
+                return await self._front.service.call(self._put, name, job, tag)
+            except RequestError:
+                if job.status == "running":
+                    return tag
+                if time.monotonic() > give_up_s:
+                    raise
+            await asyncio.sleep(_RENEW_S)
 
     async def _steps(self, job: Job, request: Request, position: Position | None) -> AsyncGenerator[Job, None]:
         """The job as it goes on; the last one has ended."""

@@ -21,7 +21,7 @@ from pipelines.summarising.mended import Mended
 from pipelines.summarising.strategies import Settings, open_strategy, style_of
 
 _TRIES_TOGETHER = 2  # of a block: then each document is read alone, to find one that kills who reads it
-_TRIES_ALONE = 3  # of a document that stays where it was
+_TRIES_ALONE = 3  # of a document that stays where it was, within one run: a command that is interrupted blames none
 
 
 class Work(NamedTuple):
@@ -33,6 +33,7 @@ class Work(NamedTuple):
     settings: str  # fingerprint of all that decides what is written
     state_every: int  # segments between stored states; 0: none are stored
     attempt: int  # 1, and one more for each round of retries
+    run: str  # another one each time that the command is given
 
 
 class BlockWorker:
@@ -74,11 +75,12 @@ class BlockWorker:
     def _summaries(self, block: int, entries: dict[int, Entry]) -> Iterator[tuple[int, Summary]]:
         """A summary of each; side by side, or alone where work on the block has ended often before it was done."""
         tries = self._ledger.tries(block)
-        alone = tries.get("reading")  # the document that was being read alone when the last try ended
-        deaths = {int(n): count for n, count in tries.get("deaths", {}).items()}
+        ours = tries if tries.get("run") == self._work.run else {}
+        alone = ours.get("reading")  # the document that was being read alone when the last try ended
+        deaths = {int(n): count for n, count in ours.get("deaths", {}).items()}
         if alone is not None and alone["progress"] == self._progress(entries.get(alone["document"])):
             deaths[alone["document"]] = deaths.get(alone["document"], 0) + 1
-        tries = {"times": tries.get("times", 0) + 1, "deaths": deaths}
+        tries = {"times": tries.get("times", 0) + 1, "run": self._work.run, "deaths": deaths}
         self._ledger.note(block, tries)
         if tries["times"] <= _TRIES_TOGETHER:
             texts = (self._text(entry) for entry in entries.values())

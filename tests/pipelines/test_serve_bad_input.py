@@ -1,5 +1,6 @@
 """Whatever is sent, the answer is a 4xx with one clear line, and memory stays flat."""
 
+import contextlib
 import gc
 import json
 import socket
@@ -174,6 +175,23 @@ def test_a_body_that_stops_coming_is_given_up(server: Running) -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             connection.sendall(f"{head}{{".encode())
             assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
+
+
+def test_a_body_that_trickles_has_an_end(server: Running) -> None:
+    kind = b"Content-Type: application/json\r\nContent-Length: 999"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n" + kind + b"\r\n\r\n"
+    with running(body_timeout_s=5.0, request_timeout_s=1.0) as slow:
+        with socket.create_connection(("127.0.0.1", int(slow.url.rpartition(":")[2])), timeout=0.1) as connection:
+            connection.sendall(head)
+            answer = b""
+            for _ in range(200):  # never a long pause
+                connection.sendall(b" ")
+                with contextlib.suppress(TimeoutError):
+                    answer = connection.recv(4096)
+                if answer:
+                    break
+        assert b" 408 " in answer.split(b"\r\n")[0]
+        assert b"within 1 s" in answer
 
 
 @pytest.mark.parametrize("num", [800, pytest.param(10_000, marks=pytest.mark.long)])

@@ -29,17 +29,16 @@ KINDS = ("memory", "directory", "s3", "redis")
 MANY = 8
 
 
-@pytest.fixture(scope="session")
-def redis_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of this run's own, on loopback."""
+@contextlib.contextmanager
+def serving_redis(directory: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Redis server of this run's own, on loopback: its URI and its process."""
     server = shutil.which("redis-server")
     if server is None:
         pytest.skip("redis-server is not installed; Debian has it in the package of this name")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    directory = tmp_path_factory.mktemp("redis")
-    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    command = [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         for _ in range(100):
@@ -47,10 +46,16 @@ def redis_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"redis://127.0.0.1:{port}/0", process
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def redis_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving_redis(tmp_path_factory.mktemp("redis")) as (uri, _):
+        yield uri
 
 
 @pytest.fixture(params=KINDS)

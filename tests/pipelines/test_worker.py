@@ -62,11 +62,11 @@ def planned(folder: Path, block_len: int) -> Ledger:
     return Ledger(output, plan.name)
 
 
-def worker_on(ledger: Ledger, attempt: int = 1) -> BlockWorker:
+def worker_on(ledger: Ledger, attempt: int = 1, run: str = "run") -> BlockWorker:
     style = Style(5, rmt_core.Sampling(), 0)
     settings = Settings("m", "memory", "", style, 2, None, "cpu")
     assert ledger.plan is not None
-    return BlockWorker(settings, Work(ledger.output, ledger.plan, "model", "settings", 4, attempt))
+    return BlockWorker(settings, Work(ledger.output, ledger.plan, "model", "settings", 4, attempt, run))
 
 
 def rows(ledger: Ledger, block: int = 0) -> list[dict[str, Any]]:
@@ -106,6 +106,16 @@ def test_a_document_that_kills_who_reads_it_ends_as_an_error(tmp_path: Path, str
     assert worker_on(ledger, attempt=2).run(0, committed=True).num_ok == 4
     assert [row["attempt"] for row in rows(ledger)] == [1, 1, 2, 1]
     assert strategy.seen[-1] == ["d2"]
+
+
+def test_interrupted_commands_blame_no_document(tmp_path: Path, strategy: Counting) -> None:
+    ledger = ledger_of(tmp_path, 3, 3)
+    strategy.deadly = {"d1"}
+    for number in range(12):  # each ends with its command: Ctrl-C, a lost machine, a killed driver
+        with pytest.raises(Killed):
+            worker_on(ledger, run=f"run {number // 3}").run(0, committed=False)
+    strategy.deadly = set()
+    assert worker_on(ledger, run="last").run(0, committed=False).num_ok == 3
 
 
 def test_a_long_document_that_is_read_on_each_time_is_no_killer(tmp_path: Path, strategy: Counting) -> None:
