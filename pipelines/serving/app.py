@@ -31,7 +31,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413:
 _MESSAGES = {404: "there is no such route", 405: "this route takes other methods", 400: "the body is not valid JSON"}
 
 
-def create_app(front: Front, keys: Sequence[Key] | None) -> FastAPI:
+def create_app(front: Front, keys: Sequence[Key] | None, *, behind_serve: bool = False) -> FastAPI:
     """The application. `keys` None: no key is asked for, and only this machine is answered."""
     jobs = SummaryJobs(front)
 
@@ -58,7 +58,8 @@ def create_app(front: Front, keys: Sequence[Key] | None) -> FastAPI:
     _add_plain_routes(app, front)
     _add_error_handlers(app)
     _describe_errors(app)
-    app.add_middleware(Guard, config=front.config, keys=None if keys is None else Keys(keys), metrics=front.metrics)
+    known = None if keys is None else Keys(keys)
+    app.add_middleware(Guard, config=front.config, keys=known, metrics=front.metrics, names=behind_serve)
     return app
 
 

@@ -63,7 +63,7 @@ class Server:
         self._front = build_front(ServeConfig(**config))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._front, self._keys)
+        return create_app(self._front, self._keys, behind_serve=True)
 
     async def check_health(self) -> None:
         if not self._front.service.healthy:

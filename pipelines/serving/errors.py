@@ -21,6 +21,7 @@ STATUS: Mapping[Code, int] = {
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HARMLESS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
+_INPUT = "Input should be "  # how pydantic begins
 RETRY_AFTER_S = 1
 
 
@@ -70,6 +71,7 @@ def of_validation(faults: Sequence[Any]) -> ApiError:
         return ApiError(400, "unknown_parameter", f"there is no parameter {param or 'of such a name'}", param)
     if fault["type"] == "unsupported":
         return ApiError(400, "unsupported_parameter", fault["msg"], fault["ctx"]["name"])
-    message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    needs = "" if fault["type"] in ("missing", "value_error") else "needs to be "
-    return ApiError(400, "invalid_request", f"{param or 'the body'}: {needs}{message[:1].lower()}{message[1:]}", param)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if message.startswith(_INPUT):
+        message = f"needs to be {message.removeprefix(_INPUT)}"
+    return ApiError(400, "invalid_request", f"{param or 'the body'}: {message[:1].lower()}{message[1:]}", param)

@@ -36,13 +36,16 @@ _HEADERS = {
 
 
 class Guard:
-    """The middleware. Without keys everybody on this machine is the tenant ""."""
+    """The middleware. Without keys everybody on this machine is the tenant "". Where a proxy in front `names` requests
+    in their headers, it names the answers too.
+    """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, keys: Keys | None, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, keys: Keys | None, metrics: Metrics, *, names: bool) -> None:
         self.app = app
         self.config = config
         self.keys = keys
         self.metrics = metrics
+        self.names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +61,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                if not self.names:
+                    headers["x-request-id"] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)

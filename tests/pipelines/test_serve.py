@@ -147,7 +147,8 @@ def test_the_official_client_works_unchanged(url: str) -> None:
         assert whole.choices[0].text == written(TEXT.encode(), 9)
         chunks = list(client.completions.create(model="tiny", prompt=TEXT, max_tokens=9, temperature=0, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-    assert httpx.get(f"{url}/readyz").status_code == 200
+    ready = httpx.get(f"{url}/readyz", headers={"x-request-id": "mine"})
+    assert (ready.status_code, ready.headers.get_list("x-request-id")) == (200, ["mine"])
 
 
 @pytest.mark.slow
