@@ -286,4 +286,4 @@ def wilson_interval(num_right: float, num: int) -> Interval:
     p, z2 = num_right / num, _NORMAL_95**2
     middle = (p + z2 / (2 * num)) / (1 + z2 / num)
     half = _NORMAL_95 / (1 + z2 / num) * math.sqrt(p * (1 - p) / num + z2 / (4 * num**2))
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))  # p is within, rounded or not

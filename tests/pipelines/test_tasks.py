@@ -346,6 +346,13 @@ def test_wilson_interval_has_its_published_values(num_right: int, num: int, low:
     assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_wilson_interval_holds_what_was_measured() -> None:
+    for num in range(1, 400):
+        for num_right in (0, 1, num // 2, num - 1, num):
+            low, high = wilson_interval(num_right, num)
+            assert 0 <= low <= num_right / num <= high <= 1, (num_right, num)
+
+
 # --- what tasks share -------------------------------------------------------------------------------
 
 
