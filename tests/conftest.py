@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take long, the longest first: two workers that take a file at a time then finish together.
 LONG = (
-    *["test_readme.py", "test_end_to_end.py", "test_train.py", "test_memory_works.py", "test_serve.py"],
+    *["test_readme.py", "test_kinds_learn.py", "test_end_to_end.py", "test_train.py", "test_memory_works.py"],
+    *["test_serve.py", "test_checkpoints.py", "test_prepare_killed.py", "test_part_trained.py", "test_footprint.py"],
     *["test_summarise.py", "test_prepare.py", "test_packaging.py", "test_benchmark.py", "test_engine.py"],
     "test_evaluate.py",
 )
