@@ -62,19 +62,19 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
             _join(address or "auto", None)
         elif address and address != "local":
             _use_token_file()
-            _join(address, _runtime_env(for_cluster=True))
+            _join(address, _runtime_env())
         else:
             stack.enter_context(_private_token())
-            stack.enter_context(_no_pools())
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                configure_logging=True,
-                logging_level=logging.WARNING,
-                log_to_driver=_shows_workers(default=False),
-                runtime_env=_runtime_env(for_cluster=False),
-            )
+            stack.enter_context(_environment(**{_POOLS: ""}))  # it has none; nor do the processes that join it see any
+            with _environment(**_WORKER_ENVIRONMENT, PYTHONPATH=_path()):  # of all that Ray starts, from the first on
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    configure_logging=True,
+                    logging_level=logging.WARNING,
+                    log_to_driver=_shows_workers(default=False),
+                )
         _configure_data()
         try:
             yield
@@ -116,27 +116,30 @@ def pool(name: Literal["train", "data"]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _no_pools() -> Iterator[None]:
-    """A private Ray has none, whatever the environment says; nor have the processes that join it."""
-    before = os.environ.get(_POOLS)
-    os.environ[_POOLS] = ""
+def _environment(**variables: str) -> Iterator[None]:
+    """These variables, while the block runs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        del os.environ[_POOLS]
-        if before is not None:
-            os.environ[_POOLS] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
-def _runtime_env(*, for_cluster: bool) -> dict[str, Any]:
-    """What workers need to import this project: its path here, or its packages sent to the cluster."""
-    if for_cluster:
-        packages = [str(_ROOT / name) for name in ("rmt_core", "pipelines") if (_ROOT / name).is_dir()]
-        pools = {_POOLS: os.environ[_POOLS]} if _POOLS in os.environ else {}
-        return {"py_modules": packages, "env_vars": {**_WORKER_ENVIRONMENT, **pools}}
+def _path() -> str:
+    """Where workers on this machine find the project."""
     inherited = os.environ.get("PYTHONPATH")
-    path = f"{_ROOT}{os.pathsep}{inherited}" if inherited else str(_ROOT)
-    return {"env_vars": {**_WORKER_ENVIRONMENT, "PYTHONPATH": path}}
+    return f"{_ROOT}{os.pathsep}{inherited}" if inherited else str(_ROOT)
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What workers of a cluster need to import this project: its packages, sent there."""
+    packages = [str(_ROOT / name) for name in ("rmt_core", "pipelines") if (_ROOT / name).is_dir()]
+    pools = {_POOLS: os.environ[_POOLS]} if _POOLS in os.environ else {}
+    return {"py_modules": packages, "env_vars": {**_WORKER_ENVIRONMENT, **pools}}
 
 
 def _join(address: str, runtime_env: dict[str, Any] | None) -> None:

@@ -19,8 +19,8 @@ import json
 import logging
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pydantic
@@ -28,12 +28,12 @@ import ray
 import ray.data
 
 from pipelines import storage
+from pipelines.claim import claimed
 from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, StrictError, fingerprint
-from pipelines.data import inputs, progress, segment, store
-from pipelines.data.batches import BATCH_CHARS, Batch, pieces_of
+from pipelines.data import inputs, progress, segment, spreading, store
+from pipelines.data.batches import BATCH_CHARS
 from pipelines.data.inputs import InputFile
-from pipelines.data.pieces import Encoded
 from pipelines.data.read import SUFFIXES
 from pipelines.data.segment import Unit, UnitResult
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
@@ -79,15 +79,22 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         progress.clear(output)
         log.info("%s is already made from this input with these settings: nothing to do", output)
     else:
-        units = _units(files, output, config.segment_len, tokenizer)
-        identity = fingerprint([_settings(config.segment_len, tokenizer.fingerprint), files])
-        stale = progress.stale(output, identity, len(units))
-        log.info("reading %d files as %d work units", len(files), len(units))
-        with connect(config.num_cpus):
-            _begin(output, {"identity": identity, "config": _saved(config)}, tokenizer, stale)
-            results = _drop_later_duplicates(units, _run(units))
-        content = _finish(output, config, tokenizer, results)
+        progress.check(output)
+        with claimed(output, "prepare"):
+            content = _make(output, config, tokenizer, files)
     return _summary(output, content, strict=config.strict)
+
+
+def _make(output: str, config: PrepareConfig, tokenizer: Tokenizer, files: list[FileEntry]) -> dict[str, Any]:
+    """Makes the store; the content of its store.json."""
+    units = _units(files, output, config.segment_len, tokenizer)
+    identity = fingerprint([_settings(config.segment_len, tokenizer.fingerprint), files])
+    stale = progress.stale(output, identity, len(units))
+    log.info("reading %d files as %d work units", len(files), len(units))
+    with connect(config.num_cpus):
+        _begin(output, {"identity": identity, "config": _saved(config)}, tokenizer, stale)
+        results = _drop_later_duplicates(units, _run(units))
+    return _finish(output, config, tokenizer, results)
 
 
 # --- a store that is there already ------------------------------------------------------------------
@@ -141,18 +148,32 @@ def _units(files: list[FileEntry], output: str, segment_len: int, tokenizer: Tok
 
 def _run(units: list[Unit]) -> list[UnitResult]:
     """Every unit's result, in order."""
-    num_cpus = _num_cpus()
-    items = [{**unit._asdict(), "in_flight": _in_flight(unit, len(units), num_cpus)} for unit in units]
     results: list[UnitResult] = []
     last_report = time.monotonic()
-    for content in _map(_write_unit, items):
-        results.append(progress.unit_result(content))
+    for result in _written(units):
+        results.append(result)
         if time.monotonic() - last_report > _REPORT_S or len(results) == len(units):
             last_report = time.monotonic()
             done = [document for result in results for document in result.documents]
             megabytes = sum(document.num_bytes for document in done) / 1e6
             log.info("%d of %d units: %d documents, %.1f MB", len(results), len(units), len(done), megabytes)
     return sorted(results, key=lambda result: result.number)
+
+
+def _written(units: list[Unit]) -> Iterator[UnitResult]:
+    """What becomes of units, as they end: of long ones, which are spread, beside Ray Data's job over the others."""
+    num_cpus = _num_cpus()
+    in_flight = {unit.number: _in_flight(unit, len(units), num_cpus) for unit in units}
+    long = [spreading.begin(unit, num, pool("data")) for unit in units if (num := in_flight[unit.number])]
+    try:
+        if others := [unit._asdict() for unit in units if not in_flight[unit.number]]:
+            yield from map(progress.unit_result, _map(_write_unit, others))
+        while long:
+            (done,), long = ray.wait(long)
+            yield ray.get(done)
+    finally:
+        for unit in long:
+            ray.cancel(unit)
 
 
 def _num_cpus() -> int:
@@ -162,7 +183,7 @@ def _num_cpus() -> int:
 
 
 def _in_flight(unit: Unit, num_units: int, num_cpus: int) -> int:
-    """How many batches of a unit other workers tokenise at a time; 0: its own worker does all.
+    """How many batches of a unit are held at a time, to be tokenised by all workers; 0: its own worker does all.
 
     A unit is spread where it is so long that it would be the last to end, or where units are fewer than cores; on one
     core there is nobody to spread it to.
@@ -183,59 +204,16 @@ def _map(function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
 
 def _write_unit(item: dict[str, Any]) -> dict[str, Any]:
     """What becomes of a unit, made now or found finished."""
-    in_flight = item.pop("in_flight")
     unit = _unit(item)
     done = progress.load_unit(unit)
     if done is None:
-        spread = _Spread(unit, in_flight) if in_flight else None
-        done = segment.write_unit(unit, spread)
+        done = segment.write_unit(unit)
         progress.save_unit(unit, done)
-        if spread is not None:
-            spread.forget()
     return done._asdict()
 
 
 def _unit(item: dict[str, Any]) -> Unit:
     return Unit(**{**item, "files": [FileEntry(*file) for file in item["files"]]})
-
-
-class _Spread:
-    """Tokenises the batches of one unit on all workers, and keeps their tokens until the unit is finished."""
-
-    def __init__(self, unit: Unit, in_flight: int) -> None:
-        self._unit = unit
-        self._in_flight = in_flight
-        self._kept = set(storage.list_names(unit.output))  # of an interrupted run
-        self._names: list[str] = []
-        self._encode = ray.remote(label_selector=pool("data"))(progress.encode_and_save)  # where Ray Data works, too
-
-    def __call__(self, found: Iterable[Batch]) -> Iterator[tuple[Batch, Sequence[Encoded]]]:
-        waiting: deque[tuple[Batch, Any]] = deque()
-        for batch in found:
-            waiting.append((batch, self._begin(batch)))
-            if len(waiting) > self._in_flight:
-                yield self._finished(*waiting.popleft())
-        while waiting:
-            yield self._finished(*waiting.popleft())
-
-    def _begin(self, batch: Batch) -> Any:
-        """The tokens of a batch, or a reference to them."""
-        pieces = pieces_of(batch)
-        if not pieces:
-            return []
-        name = progress.tokens_name(self._unit, pieces)
-        self._names.append(name)
-        found = progress.load_tokens(storage.join(self._unit.output, name)) if name in self._kept else None
-        return self._encode.remote(self._unit, pieces, name) if found is None else found
-
-    def _finished(self, batch: Batch, tokens: Any) -> tuple[Batch, Sequence[Encoded]]:
-        return batch, ray.get(tokens) if isinstance(tokens, ray.ObjectRef) else tokens
-
-    def forget(self) -> None:
-        """Deletes what is kept, now that the unit is finished."""
-        there = set(storage.list_names(self._unit.output))
-        for name in there.intersection(self._names):
-            storage.delete(storage.join(self._unit.output, name))
 
 
 def _drop_later_duplicates(units: list[Unit], results: list[UnitResult]) -> list[UnitResult]:

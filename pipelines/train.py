@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import rmt_core
 from pipelines import storage
+from pipelines.claim import claimed
 from pipelines.cluster import connect, has_cluster, pool
 from pipelines.config import InputError, build
 from pipelines.data.mixture import Store
@@ -44,7 +45,6 @@ from pipelines.extras import require_extra
 from pipelines.job import run_job
 from pipelines.recipes import find_recipe
 from pipelines.training.backbones import apart, described
-from pipelines.training.claim import claimed
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, identity_of
 from pipelines.training.monitor import Monitor
@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return finished
     with _connected(config):
         check_storage(config.output, _inputs(config), _resources(config))
-        with claimed(config.output):
+        with claimed(config.output, "train"):
             return _run(config, identity)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from pipelines import storage
+from pipelines.claim import CLAIM
 from pipelines.config import InputError, fingerprint
 from pipelines.data import store
 from pipelines.data.inputs import InputFile
@@ -126,17 +127,24 @@ def load_tokens(uri: str) -> list[Encoded] | None:
 # --- the directory ----------------------------------------------------------------------------------
 
 
-def stale(output: str, identity: str, num_units: int) -> list[str]:
-    """The files there that are of no use to this run; InputError where the output holds anything that is not ours."""
+def check(output: str) -> list[str]:
+    """What is there, the claim left out; InputError where that holds anything that is not ours."""
     if storage.exists(output) and not storage.is_directory(output):
         raise InputError(f"{output} is a file; --output needs a directory")
-    names = storage.list_names(output)
+    names = [name for name in storage.list_names(output) if not name.startswith((CLAIM, f".{CLAIM}."))]
     whole = [name for name in names if not _TEMPORARY.fullmatch(name)]
     foreign = [name for name in whole if not _OWN.fullmatch(name)]
     if foreign or (whole and store.PARTIAL not in whole):
         raise InputError(
             f"{output} is not empty and no segment store (it holds {(foreign or whole)[0]}); give another --output"
         )
+    return names
+
+
+def stale(output: str, identity: str, num_units: int) -> list[str]:
+    """The files there that are of no use to this run; InputError as of `check`."""
+    names = check(output)
+    whole = [name for name in names if not _TEMPORARY.fullmatch(name)]
     if not names:
         return []
     kept = {store.PARTIAL}

@@ -1,16 +1,16 @@
 """From files to a segment file: read, tokenise, cut, write. One work unit makes one Parquet file.
 
-A document is tokenised completely before any of it is written, because a fault at its end means that none
-of it may stay. Its tokens wait in memory, or in a temporary file when they are many; so memory is bounded
-by pieces of the text, not by the document.
+A fault at a document's end means that none of it may stay. So its tokens wait in memory until it is whole; those of a
+long one are written meanwhile, and where it turns out to be faulty the file is made anew without them. Memory is
+bounded by pieces of the text, not by the document.
 """
 
 import contextlib
 import functools
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from pipelines.data.store import DocumentEntry, ErrorEntry, PartWriter, part_nam
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.storage import FileEntry
 
-_SPOOL_BYTES = 2**24  # tokens of one document that are kept in memory: 4M tokens
-_READ_TOKENS = 2**18
+_HELD_TOKENS = 2**21  # of one document, in memory
 
 
 class Unit(NamedTuple):
@@ -58,11 +57,12 @@ def write_unit(unit: Unit, encode_batches: EncodeBatches | None = None) -> UnitR
     """
     tokenizer = tokenizer_of(unit)
     encode_batches = encode_batches or functools.partial(_encode_here, tokenizer)
-    with contextlib.ExitStack() as stack:
+    with contextlib.suppress(_NoDocumentError), contextlib.ExitStack() as stack:
         part = _Part(unit, tokenizer, stack)
         for batch, encoded in encode_batches(batches(tokenizer, unit.files)):
             part.add(batch, encoded)
-        return part.result
+        part.close()
+    return part.result
 
 
 def _encode_here(tokenizer: Tokenizer, found: Iterable[Batch]) -> Iterator[tuple[Batch, Sequence[Encoded]]]:
@@ -83,6 +83,10 @@ def _tokenizer(uri: str, fingerprint: str) -> Tokenizer:
     return tokenizer
 
 
+class _NoDocumentError(Exception):
+    """What was written for a unit is all of documents that turned out to be none: no file may appear."""
+
+
 class _Part:
     """A segment file in the making; the file is begun with the first document."""
 
@@ -91,7 +95,9 @@ class _Part:
         self._unit = unit
         self._tokenizer = tokenizer
         self._stack = stack
+        self._path: Path | None = None
         self._writer: PartWriter | None = None
+        self._faulty: list[range] = []  # rows of documents that turned out to be none
         self._taken: set[str] = set()
         self._document: _Document | None = None
 
@@ -102,6 +108,8 @@ class _Part:
             if isinstance(event, Piece):
                 assert self._document is not None
                 self._document.add(event, next(tokens))
+                if self._document.num_held >= _HELD_TOKENS:
+                    self._write(self._document, whole=False)
             elif isinstance(event, Begun):
                 self._document = _Document(event, self._tokenizer)
                 if event.document_id in self._taken:
@@ -113,8 +121,26 @@ class _Part:
             elif isinstance(event, Closed):
                 self.result.inputs.append(event.file)
 
+    def close(self) -> None:
+        """The file as it is to be; _NoDocumentError where it would hold nothing."""
+        if self._writer is None or not self._faulty:
+            return
+        if not self.result.documents:
+            raise _NoDocumentError
+        assert self._path is not None
+        self._writer.close()
+        whole = self._path.with_suffix(".whole")
+        store.without_rows(self._path, whole, self._faulty)
+        whole.replace(self._path)
+        self.result.documents[:] = store.moved_up(self.result.documents)
+
+    def _write(self, document: "_Document", *, whole: bool) -> None:
+        """Writes what there is of a document in full segments, and the last one where it is `whole`."""
+        if document.fault is None:
+            document.write(self._open(), self._unit.segment_len, whole=whole)
+
     def _end(self, ended: Ended) -> None:
-        """Writes the document whole, or nothing of it."""
+        """The document becomes one of the store's, or a fault."""
         document = self._document
         assert document is not None
         document.end()
@@ -124,11 +150,8 @@ class _Part:
         if document.fault is not None:
             self._fail(document.begun.source, document.fault)
             return
-        writer = self._open()
-        row_offset = writer.num_rows
-        for number, tokens in enumerate(cut(document.tokens(), self._unit.segment_len)):
-            writer.add(document_id, number, tokens)
-        self._close()
+        self._write(document, whole=True)
+        self._document = None
         self._taken.add(document_id)
         self.result.documents.append(
             DocumentEntry(
@@ -136,9 +159,9 @@ class _Part:
                 source=document.begun.source,
                 num_bytes=ended.num_bytes,
                 num_tokens=document.num_tokens,
-                num_segments=writer.num_rows - row_offset,
+                num_segments=len(document.rows),
                 file=part_name(self._unit.number),
-                row_offset=row_offset,
+                row_offset=document.rows.start,
                 sha256=ended.sha256,
             )
         )
@@ -147,19 +170,16 @@ class _Part:
         """Reports a fault, or the one that the document had before."""
         if self._document is not None:
             fault = self._document.fault or fault
-            self._close()
+            if self._document.rows:
+                self._faulty.append(self._document.rows)
+            self._document = None
         self.result.errors.append(ErrorEntry(source, fault.document_id, fault.line, fault.kind, fault.reason))
-
-    def _close(self) -> None:
-        assert self._document is not None
-        self._document.close()
-        self._document = None
 
     def _open(self) -> PartWriter:
         if self._writer is None:
             uri = storage.join(self._unit.output, part_name(self._unit.number))
-            path = self._stack.enter_context(storage.writing(uri))
-            self._writer = self._stack.enter_context(PartWriter(path))
+            self._path = self._stack.enter_context(storage.writing(uri))
+            self._writer = self._stack.enter_context(PartWriter(self._path))
         return self._writer
 
 
@@ -170,20 +190,22 @@ class _Document:
         self.begun = begun
         self.fault: Fault | None = None
         self.num_tokens = 0
+        self.num_held = 0  # of them, that are not written
+        self.rows = range(0)  # those that were written
+        self._held: list[np.ndarray] = []
         self._joining = Joining(tokenizer)
-        self._spool: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115  # see close
 
     def fail(self, fault: Fault) -> None:
         """The first fault stands."""
         self.fault = self.fault or fault
 
     def add(self, piece: Piece, encoded: Encoded) -> None:
-        self._store(lambda: self._joining.add(piece, encoded))
+        self._hold(lambda: self._joining.add(piece, encoded))
 
     def end(self) -> None:
-        self._store(self._joining.end)
+        self._hold(self._joining.end)
 
-    def _store(self, settle: Callable[[], np.ndarray | None]) -> None:
+    def _hold(self, settle: Callable[[], np.ndarray | None]) -> None:
         if self.fault is not None:
             return
         try:
@@ -192,39 +214,26 @@ class _Document:
             self.fail(Fault("lossy", str(error), self.begun.line, self.begun.document_id))
             return
         if ids is not None:
-            self._spool.write(ids.tobytes())
+            self._held.append(ids)
+            self.num_held += len(ids)
             self.num_tokens += len(ids)
 
-    def tokens(self) -> Iterator[np.ndarray]:
-        """All of them, (T,) int32 a part."""
-        self._spool.seek(0)
-        while data := self._spool.read(4 * _READ_TOKENS):
-            yield np.frombuffer(data, dtype=np.int32)
-
-    def close(self) -> None:
-        self._spool.close()
+    def write(self, writer: PartWriter, segment_len: int, *, whole: bool) -> None:
+        """Writes what is held in segments; all but the last are full, and where it is not `whole` that one waits."""
+        begin = writer.num_rows - len(self.rows)
+        tokens = np.concatenate(self._held)
+        end = len(tokens) if whole else len(tokens) // segment_len * segment_len
+        for start in range(0, end, segment_len):
+            writer.add(
+                self.begun.document_id, len(self.rows) + start // segment_len, tokens[start : start + segment_len]
+            )
+        self.rows = range(begin, writer.num_rows)
+        self._held, self.num_held = [tokens[end:].copy()], len(tokens) - end
 
 
 def duplicate(document_id: str, line: int | None) -> Fault:
     """The fault of a document whose id an earlier one has."""
     return Fault("duplicate_id", "an earlier document has this id; the first is kept", line, document_id)
-
-
-def cut(parts: Iterable[np.ndarray], segment_len: int) -> Iterator[np.ndarray]:
-    """Token arrays, cut anywhere, as segments of exactly `segment_len`; the last may be shorter, never empty."""
-    rest: list[np.ndarray] = []
-    num_rest = 0
-    for part in parts:
-        begin = 0
-        while num_rest + len(part) - begin >= segment_len:
-            end = begin + segment_len - num_rest
-            yield np.concatenate([*rest, part[begin:end]]) if rest else part[begin:end]
-            begin, rest, num_rest = end, [], 0
-        if begin < len(part):
-            rest.append(part[begin:])
-            num_rest += len(part) - begin
-    if rest:
-        yield np.concatenate(rest)
 
 
 def later_duplicates(results: Iterable[UnitResult]) -> dict[int, set[str]]:

@@ -75,6 +75,11 @@ class DocumentEntry(NamedTuple):
     row_offset: int  # the row of its first segment in that file
     sha256: str  # of its UTF-8 text, 64 hex digits
 
+    @property
+    def rows(self) -> range:
+        """Its segments in the file."""
+        return range(self.row_offset, self.row_offset + self.num_segments)
+
 
 class ErrorEntry(NamedTuple):
     """Something that did not become a document: a line of errors.jsonl."""
@@ -111,6 +116,10 @@ class PartWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes the rest; again, it does nothing."""
         self._flush()
         self._writer.close()
 
@@ -140,20 +149,32 @@ def without_documents(uri: str, documents: Sequence[DocumentEntry], drop: set[st
 
     `documents` are all that the file holds, in order. A file that becomes empty is deleted.
     """
-    kept: list[DocumentEntry] = []
-    if all(document.document_id in drop for document in documents):
+    kept = [document for document in documents if document.document_id not in drop]
+    if not kept:
         storage.delete(uri)
-        return kept
-    num_rows = 0
-    for document in documents:
-        if document.document_id not in drop:
-            kept.append(document._replace(row_offset=num_rows))
-            num_rows += document.num_segments
-    with storage.local_file(uri) as old, storage.writing(uri) as new, PartWriter(new) as writer:
-        for document_id, number, tokens in _rows(pq.ParquetFile(old, page_checksum_verification=True)):
-            if document_id not in drop:
+        return []
+    dropped = [document.rows for document in documents if document.document_id in drop]
+    with storage.local_file(uri) as old, storage.writing(uri) as new:
+        without_rows(old, new, dropped)
+    return moved_up(kept)
+
+
+def without_rows(old: Path, new: Path, drop: Iterable[range]) -> None:
+    """Copies a segment file but for some rows: the bytes of one that never had them."""
+    file = pq.ParquetFile(old, page_checksum_verification=True)
+    is_kept = np.ones(file.metadata.num_rows, dtype=bool)
+    for rows in drop:
+        is_kept[rows.start : rows.stop] = False
+    with PartWriter(new) as writer:
+        for row, (document_id, number, tokens) in enumerate(_rows(file)):
+            if is_kept[row]:
                 writer.add(document_id, number, tokens)
-    return kept
+
+
+def moved_up(documents: Sequence[DocumentEntry]) -> list[DocumentEntry]:
+    """The entries of all the documents that a segment file holds, in order, with rows from its first on."""
+    starts = np.cumsum([0, *(document.num_segments for document in documents)]).tolist()
+    return [document._replace(row_offset=start) for document, start in zip(documents, starts[:-1], strict=True)]
 
 
 def _rows(file: pq.ParquetFile) -> Iterator[tuple[str, int, np.ndarray]]:

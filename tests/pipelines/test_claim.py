@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipelines import storage
+from pipelines import claim, storage
+from pipelines.claim import CLAIM, claimed
 from pipelines.config import InputError
-from pipelines.training import claim
-from pipelines.training.claim import CLAIM, claimed
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +33,10 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(
     where: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     output = str(tmp_path / "run") if where == "disk" else request.getfixturevalue("s3_bucket") + "/claimed"
-    with claimed(output):
+    with claimed(output, "train"):
         with (
             pytest.raises(InputError, match=r"another train is at work on .*: process \d+ on .*; wait until"),
-            claimed(output),
+            claimed(output, "train"),
         ):
             raise AssertionError("two at work")
         assert storage.exists(storage.join(output, CLAIM))
@@ -45,7 +44,7 @@ def test_a_second_driver_is_refused_while_the_first_is_at_work(
 
 
 def test_the_claim_goes_with_a_driver_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="no more"), claimed(str(tmp_path)):
+    with pytest.raises(RuntimeError, match="no more"), claimed(str(tmp_path), "train"):
         raise RuntimeError("no more")
     assert list(tmp_path.iterdir()) == []
 
@@ -53,21 +52,21 @@ def test_the_claim_goes_with_a_driver_that_fails(tmp_path: Path) -> None:
 def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "STALE_S", 1e6)
     leave(str(tmp_path))
-    with claimed(str(tmp_path)):
+    with claimed(str(tmp_path), "train"):
         assert json.loads((tmp_path / CLAIM).read_text())["driver"] != "other"
 
 
 def test_one_of_another_machine_is_dead_when_it_writes_no_more(tmp_path: Path) -> None:
     leave(str(tmp_path), machine="elsewhere pid:[1]")
     began = time.monotonic()
-    with claimed(str(tmp_path)):
+    with claimed(str(tmp_path), "train"):
         assert time.monotonic() - began >= claim.STALE_S
         assert json.loads((tmp_path / CLAIM).read_text())["driver"] != "other"
 
 
 def test_a_driver_that_was_taken_for_dead_ends_when_it_wakes(tmp_path: Path) -> None:
     def work() -> None:
-        with claimed(str(tmp_path)):
+        with claimed(str(tmp_path), "train"):
             leave(str(tmp_path))
             time.sleep(30)
 
@@ -78,6 +77,6 @@ def test_a_driver_that_was_taken_for_dead_ends_when_it_wakes(tmp_path: Path) -> 
 
 def test_of_two_that_start_at_once_the_later_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim.time, "sleep", lambda seconds: leave(str(tmp_path), machine="elsewhere pid:[1]", pid=7))
-    with pytest.raises(InputError, match="process 7 on elsewhere; wait"), claimed(str(tmp_path)):
+    with pytest.raises(InputError, match="process 7 on elsewhere; wait"), claimed(str(tmp_path), "train"):
         raise AssertionError("two at work")
     assert json.loads((tmp_path / CLAIM).read_text())["driver"] == "other"

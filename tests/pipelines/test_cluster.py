@@ -17,7 +17,7 @@ def test_pools_are_those_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None
     assert cluster.pool("data") == {"rmt/pool": "data"}
     monkeypatch.setenv("RMT_POOLS", "train")
     assert cluster.pool("data") == {}
-    with cluster._no_pools():
+    with cluster._environment(RMT_POOLS=""):
         assert cluster.pool("train") == {}
     assert cluster.pool("train") == {"rmt/pool": "train"}
 

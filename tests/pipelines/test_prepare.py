@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import prepare, storage
+from pipelines import claim, prepare, storage
 from pipelines.data import inputs, progress, segment, store
 from pipelines.data.inputs import InputFile, plan_units
 from pipelines.data.read import SUFFIXES
@@ -183,8 +183,7 @@ def test_a_file_that_vanished_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_long_document_is_held_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment, "_SPOOL_BYTES", 1000)
-    monkeypatch.setattr(segment, "_READ_TOKENS", 999)
+    monkeypatch.setattr(segment, "_HELD_TOKENS", 1000)
     data = bytes(np.random.default_rng(0).integers(0, 128, 2_500_000, dtype=np.uint8))
     (tmp_path / "a.txt").write_bytes(data)
     held = []
@@ -201,9 +200,12 @@ def test_a_long_document_is_held_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     assert max(held) <= 2**20 + 2**19
 
 
+@pytest.mark.parametrize("num_held", [1, 2000, 2**21])
 def test_a_fault_anywhere_in_a_document_means_that_nothing_of_it_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_held: int
 ) -> None:
+    monkeypatch.setattr(segment, "_HELD_TOKENS", num_held)
+    monkeypatch.setattr(store, "ROW_GROUP_TOKENS", 700)
     monkeypatch.setattr("pipelines.data.batches.BATCH_CHARS", 1000)
     monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
     good = b"words that are good, " * 500
@@ -215,6 +217,39 @@ def test_a_fault_anywhere_in_a_document_means_that_nothing_of_it_stays(
     result, texts = _unit(tmp_path, "1.txt", "2.txt", "3.txt.gz", "4.txt", "4.jsonl")
     assert texts == {"2": good, "4": good[::-1]}
     assert _kinds(result) == [("1", None, "not_utf8"), ("3", None, "unreadable"), ("2", 1, "duplicate_id")]
+    assert [document.row_offset for document in result.documents] == [0, len(good) // 5]
+    made = (tmp_path / "store" / store.part_name(0)).read_bytes()
+    _unit(tmp_path, "2.txt", "4.txt")
+    assert made == (tmp_path / "store" / store.part_name(0)).read_bytes()
+    assert not list((tmp_path / "store").glob(".*"))
+
+
+def test_long_documents_that_are_all_faulty_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "_HELD_TOKENS", 1)
+    monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
+    (tmp_path / "1.txt").write_bytes(b"words that are good, " * 500 + b"\xff")
+    result, texts = _unit(tmp_path, "1.txt")
+    assert (texts, _kinds(result)) == ({}, [("1", None, "not_utf8")])
+    assert [file.name for file in result.inputs] == ["1.txt"]
+    assert not list((tmp_path / "store").glob("*segments*"))
+
+
+@pytest.mark.parametrize("segment_len", [1, 7, 100])
+def test_documents_that_are_written_while_they_are_read_become_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment_len: int
+) -> None:
+    monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
+    monkeypatch.setattr(store, "ROW_GROUP_TOKENS", 700)
+    letters = np.random.default_rng(0).choice(list("etaoin shrdlu"), 30_001)
+    for n, length in enumerate([30_001, 7, 7000, 1, 29_999]):
+        (tmp_path / f"{n}.txt").write_text("".join(letters[:length]))
+    names = [f"{n}.txt" for n in range(5)]
+    whole, made = _unit(tmp_path, *names, segment_len=segment_len), (tmp_path / "store" / store.part_name(0))
+    before = made.read_bytes()
+    for num_held in (1, 999, 1000, 1001, 7000):
+        monkeypatch.setattr(segment, "_HELD_TOKENS", num_held)
+        assert _unit(tmp_path, *names, segment_len=segment_len) == whole
+        assert made.read_bytes() == before
 
 
 # --- plans ------------------------------------------------------------------------------------------------
@@ -350,6 +385,22 @@ def test_an_input_without_any_document_still_ends_with_a_store(
     code, again, stderr = _main(capfd, *argv, "--strict")
     assert (code, again) == (2, result)
     assert "nothing to do" in stderr
+
+
+def test_two_at_once_do_not_work_on_one_output(
+    local_ray: None, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    output = tmp_path / "out"
+    argv = ["--input", books, "--output", output, "--segment-len", "4"]
+    with claim.claimed(str(output), "prepare"):
+        before = sorted(path.name for path in output.iterdir())
+        code, result, stderr = _main(capfd, *argv)
+        assert (code, result) == (2, {})
+        assert f"another prepare is at work on {output}" in stderr
+        assert sorted(path.name for path in output.iterdir()) == before
+    assert _main(capfd, *argv)[0] == 0
+    assert not (output / claim.CLAIM).exists()
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """prepare, killed for real: the driver, then a worker. The same command completes it, the same to the byte."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def kill_a_worker(process: "subprocess.Popen[str]") -> None:
         for child in psutil.Process(process.pid).children(recursive=True):
             try:
                 title = " ".join(child.cmdline())
-                if "ray::" in title and "Map(" in title:  # the title that it has only while it works
+                if re.match(r"ray::(Map\(|_write|encode_and_save)", title):  # the title that it has only while it works
                     child.kill()
                     return True
             except psutil.Error:  # it has just ended

@@ -9,7 +9,6 @@ import pytest
 from pipelines import storage
 from pipelines.config import InputError
 from pipelines.data import store
-from pipelines.data.segment import cut
 from pipelines.data.store import DocumentEntry, PartWriter, SegmentStore
 from pipelines.data.tokenise import ByteTokenizer
 
@@ -22,8 +21,8 @@ def _write(directory: Path, documents: dict[str, np.ndarray]) -> list[DocumentEn
     with PartWriter(directory / NAME) as writer:
         for document_id, tokens in documents.items():
             offset = writer.num_rows
-            for number, segment in enumerate(cut([tokens], SEGMENT_LEN)):
-                writer.add(document_id, number, segment)
+            for start in range(0, len(tokens), SEGMENT_LEN):
+                writer.add(document_id, start // SEGMENT_LEN, tokens[start : start + SEGMENT_LEN])
             num_segments = writer.num_rows - offset
             entries.append(DocumentEntry(document_id, "x", 0, len(tokens), num_segments, NAME, offset, "0"))
     return entries
@@ -123,17 +122,6 @@ def test_only_a_finished_store_opens(tmp_path: Path) -> None:
     (tmp_path / store.STORE).write_text("{")
     with pytest.raises(InputError, match=r"store\.json"):
         SegmentStore(str(tmp_path))
-
-
-def test_cutting_makes_full_segments_of_parts_of_any_size() -> None:
-    tokens = np.arange(100, dtype=np.int32)
-    for num_tokens in (0, 1, 6, 7, 8, 14, 100):
-        for size in (1, 3, 7, 20, 100):
-            parts = [tokens[start : min(start + size, num_tokens)] for start in range(0, num_tokens, size)]
-            segments = list(cut(parts, SEGMENT_LEN))
-            assert all(len(segment) == SEGMENT_LEN for segment in segments[:-1])
-            assert all(0 < len(segment) <= SEGMENT_LEN for segment in segments)
-            assert [token for segment in segments for token in segment] == list(range(num_tokens))
 
 
 def test_altered_bytes_are_found_when_they_are_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""That one driver works on a run's directory at a time: what a second took for left-overs, the first may be writing.
+"""That one driver works on an output at a time: what a second took for left-overs, the first may be writing.
 
 The driver leaves `driver.json` in the directory and writes it anew every few seconds, on disk and on S3 alike, without
 locks. Who finds one watches whether it changes, so that clocks of different machines need not agree: one that does is
@@ -29,18 +29,18 @@ _SETTLE_S = 0.2  # in which two that start at once have both written, and the la
 
 
 @contextlib.contextmanager
-def claimed(output: str) -> Iterator[None]:
-    """The directory is this process's while the block runs. InputError where another one is at work on it."""
+def claimed(output: str, job: str) -> Iterator[None]:
+    """The directory is this process's while the block runs. InputError where another such job is at work there."""
     uri = storage.join(output, CLAIM)
-    _wait_for_the_dead(uri, output)
+    _wait_for_the_dead(uri, output, job)
     mine = {"driver": uuid.uuid4().hex, "machine": _machine(), "pid": os.getpid(), "beat": 0}
     storage.write_json(uri, mine)
     time.sleep(_SETTLE_S)
     found = _read(uri)
     if found is not None and found["driver"] != mine["driver"]:
-        raise _refusal(output, found)
+        raise _refusal(output, found, job)
     over = threading.Event()
-    thread = threading.Thread(target=_keep, args=(uri, mine, over), daemon=True)
+    thread = threading.Thread(target=_keep, args=(uri, mine, over, job), daemon=True)
     thread.start()
     try:
         yield
@@ -52,13 +52,13 @@ def claimed(output: str) -> Iterator[None]:
             storage.delete(uri)
 
 
-def _wait_for_the_dead(uri: str, output: str) -> None:
+def _wait_for_the_dead(uri: str, output: str, job: str) -> None:
     """Returns when nobody is at work; within a beat raises where somebody is."""
     first = _read(uri)
     if first is None or _is_dead(first):
         return
     log.info(
-        "another train of process %s may be at work on %s; looking for up to %.0f s", first["pid"], output, STALE_S
+        "another %s, process %s, may be at work on %s; looking for up to %.0f s", job, first["pid"], output, STALE_S
     )
     end = time.monotonic() + STALE_S
     while time.monotonic() < end:
@@ -67,29 +67,29 @@ def _wait_for_the_dead(uri: str, output: str) -> None:
         if found is None:
             return
         if found != first:
-            raise _refusal(output, found)
+            raise _refusal(output, found, job)
 
 
-def _refusal(output: str, found: dict[str, Any]) -> InputError:
+def _refusal(output: str, found: dict[str, Any], job: str) -> InputError:
     host = found["machine"].partition(" ")[0]
     return InputError(
-        f"another train is at work on {output}: process {found['pid']} on {host}; wait until it ends, or end it, and "
+        f"another {job} is at work on {output}: process {found['pid']} on {host}; wait until it ends, or end it, and "
         f"give the command again: {STALE_S:.0f} s after its last sign of life it counts as dead"
     )
 
 
-def _keep(uri: str, mine: dict[str, Any], over: threading.Event) -> None:
+def _keep(uri: str, mine: dict[str, Any], over: threading.Event, job: str) -> None:
     beat = 0
     while not over.wait(BEAT_S):
         beat += 1
         try:
             found = _read(uri)
             if found is not None and found["driver"] != mine["driver"]:
-                log.error("another train, process %s, has taken over this run: this one ends", found["pid"])
+                log.error("another %s, process %s, has taken over this output: this one ends", job, found["pid"])
                 break
             storage.write_json(uri, mine | {"beat": beat})
         except OSError as error:
-            log.warning("%s cannot be written (%s): a second train would not see this one", uri, error)
+            log.warning("%s cannot be written (%s): a second %s would not see this one", uri, error, job)
     for pause_s in _PAUSES_S:  # taken over: end at once, as by a second Ctrl-C, without a further checkpoint
         if over.is_set():
             break
