@@ -50,6 +50,9 @@ def claimed(output: str, job: str) -> Iterator[None]:
         found = _read(uri)
         if found is not None and found["driver"] == mine["driver"]:
             storage.delete(uri)
+            for name in storage.list_names(output):
+                if name.startswith(f".{CLAIM}."):  # by a driver that was killed while it wrote
+                    storage.delete(storage.join(output, name))
 
 
 def _wait_for_the_dead(uri: str, output: str, job: str) -> None:

@@ -6,6 +6,7 @@ Logs and progress go to stderr, one JSON object is the last line of stdout, and 
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +59,16 @@ def run_job(
 
 def _shown(config: ConfigT, plan: Callable[[ConfigT], dict[str, Any]] | None) -> tuple[dict[str, Any], int]:
     planned = {} if plan is None else {"plan": plan(config)}
-    return config.model_dump(mode="json") | planned, 0
+    return _without_passwords(config.model_dump(mode="json")) | planned, 0
+
+
+def _without_passwords(value: Any) -> Any:
+    """A configuration as it may be shown: `user:password@` in addresses is left out."""
+    if isinstance(value, dict):
+        return {key: _without_passwords(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(each) for each in value]
+    return re.sub(r"(?<=://)[^/@]*@", "***@", value) if isinstance(value, str) else value
 
 
 def _code_of(error: BaseException) -> int:

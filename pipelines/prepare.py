@@ -19,7 +19,7 @@ import json
 import logging
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -74,14 +74,15 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     if not files:
         raise InputError(f"no input found outside the output {output}")
     content = store.read_store_json(output)
-    if content is not None:
-        _refuse_other_use(output, content, config, tokenizer, files)
-        progress.clear(output)
-        log.info("%s is already made from this input with these settings: nothing to do", output)
-    else:
+    if content is None:
         progress.check(output)
         with claimed(output, "prepare"):
-            content = _make(output, config, tokenizer, files)
+            content = store.read_store_json(output)  # another may have made it meanwhile
+            if content is None:
+                return _summary(output, _make(output, config, tokenizer, files), strict=config.strict)
+    _refuse_other_use(output, content, config, tokenizer, files)
+    progress.clear(output)
+    log.info("%s is already made from this input with these settings: nothing to do", output)
     return _summary(output, content, strict=config.strict)
 
 
@@ -164,15 +165,29 @@ def _written(units: list[Unit]) -> Iterator[UnitResult]:
     """What becomes of units, as they end: of long ones, which are spread, beside Ray Data's job over the others."""
     num_cpus = _num_cpus()
     in_flight = {unit.number: _in_flight(unit, len(units), num_cpus) for unit in units}
-    long = [spreading.begin(unit, num, pool("data")) for unit in units if (num := in_flight[unit.number])]
+    waiting = deque(unit for unit in units if in_flight[unit.number])
+    running: list[ray.ObjectRef[UnitResult]] = []
+
+    def ended(timeout_s: float | None) -> Iterator[UnitResult]:
+        """Of long units, of which one a core is at work."""
+        nonlocal running
+        while waiting and len(running) < num_cpus:
+            unit = waiting.popleft()
+            running.append(spreading.begin(unit, in_flight[unit.number], pool("data")))
+        if running:
+            done, running = ray.wait(running, timeout=timeout_s)
+            yield from map(ray.get, done)
+
     try:
+        yield from ended(0)
         if others := [unit._asdict() for unit in units if not in_flight[unit.number]]:
-            yield from map(progress.unit_result, _map(_write_unit, others))
-        while long:
-            (done,), long = ray.wait(long)
-            yield ray.get(done)
+            for content in _map(_write_unit, others):
+                yield progress.unit_result(content)
+                yield from ended(0)
+        while waiting or running:
+            yield from ended(None)
     finally:
-        for unit in long:
+        for unit in running:
             ray.cancel(unit)
 
 

@@ -16,7 +16,10 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 _URLS = (CHAT, COMPLETIONS, RESPONSES)
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _HARMLESS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-_ONLY = {"n": 1, "stream": False, "logprobs": False, "echo": False, "best_of": 1}  # what is done anyway
+_ONLY: dict[str, Any] = {  # what is done anyway
+    **{"n": 1, "stream": False, "logprobs": False, "echo": False, "best_of": 1, "tools": [], "tool_choice": "none"},
+    **{"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}},
+}
 _MOST_TOKENS = 2**20  # that a document may ask to be written: a model may never end by itself
 
 
@@ -114,10 +117,13 @@ def _number(body: dict[str, Any], name: str, least: float, most: float) -> float
     value = body.get(name)
     if value is None:
         return None
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not least <= value <= most:
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not least <= number <= most:
         raise ValueError(f"`body.{name}` is {value!r:.80}, needs a number from {least:g} to {most:g}")
-    return float(value)
+    return number
 
 
 def _text(name: str, value: Any) -> str:

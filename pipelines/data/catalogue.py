@@ -22,6 +22,8 @@ from pipelines.data.read import Document, Fault, Source, UnreadableError
 from pipelines.storage import FileEntry
 
 ERROR, SKIPPED = "error", "skipped"
+_NO_ROWS = "the file can be read now, but this job has one row for all of it: give it an output of its own"
+REPEATED = "an earlier document has this id; the first is kept"
 
 SCHEMA = pa.schema(
     [
@@ -133,15 +135,17 @@ def sort_out_repeated(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def _sorted_out(ids: sqlite3.Connection, entry: Entry) -> Entry:
-    if entry.outcome is not None:
+    if entry.outcome is not None and entry.url is None:
         return entry
     first = ids.execute("SELECT sha256 FROM ids WHERE id = ?", (entry.doc_id,)).fetchone()
     if first is None:
         ids.execute("INSERT INTO ids VALUES (?, ?)", (entry.doc_id, entry.sha256))
         return entry
+    if entry.outcome is not None:  # a request that cannot be used, and none of its own: one result line a `custom_id`
+        return entry._replace(url=None)
     if first[0] == entry.sha256:
         return entry._replace(outcome=SKIPPED, reason="an earlier document has this id and the same text")
-    return entry._replace(outcome=ERROR, reason="an earlier document has this id; the first is kept", url=None)
+    return entry._replace(outcome=ERROR, reason=REPEATED, url=None)
 
 
 def look_up_again(entries: Sequence[Entry]) -> list[Entry]:
@@ -151,11 +155,13 @@ def look_up_again(entries: Sequence[Entry]) -> list[Entry]:
     """
     now: dict[tuple[str, int | None], Entry] = {}
     for uri, name in {(entry.uri, entry.name) for entry in entries}:
-        wanted = {entry.line for entry in entries if entry.uri == uri}
+        of_file = {entry.line: entry for entry in entries if entry.uri == uri}
         surveyed = survey(FileEntry(uri, name, num_bytes=0, mtime_ns=0))
         for found in sort_out_repeated(each for each in surveyed if isinstance(each, Entry)):
-            if found.line in wanted:
+            if found.line in of_file:
                 now[uri, found.line] = found
+        if None in of_file and (uri, None) not in now:  # a file of many that could not be read, and can be now
+            now[uri, None] = of_file[None]._replace(reason=_NO_ROWS)
     return [now.get((entry.uri, entry.line), entry) for entry in entries]
 
 

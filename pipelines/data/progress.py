@@ -6,6 +6,7 @@
 Whatever is not exactly as it was left is done again.
 """
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -134,7 +135,7 @@ def check(output: str) -> list[str]:
     names = [name for name in storage.list_names(output) if not name.startswith((CLAIM, f".{CLAIM}."))]
     whole = [name for name in names if not _TEMPORARY.fullmatch(name)]
     foreign = [name for name in whole if not _OWN.fullmatch(name)]
-    if foreign or (whole and store.PARTIAL not in whole):
+    if foreign or (whole and store.PARTIAL not in whole and store.STORE not in whole):
         raise InputError(
             f"{output} is not empty and no segment store (it holds {(foreign or whole)[0]}); give another --output"
         )
@@ -169,7 +170,7 @@ def clear(output: str) -> None:
     """Deletes what was only needed to go on; last of all the file that says that a store is being made."""
     names = storage.list_names(output)
     if store.PARTIAL in names:
-        for name in names:
-            if _KEPT.fullmatch(name) or _TEMPORARY.fullmatch(name):
+        left = [name for name in names if _KEPT.fullmatch(name) or _TEMPORARY.fullmatch(name)]
+        for name in (*left, store.PARTIAL):
+            with contextlib.suppress(FileNotFoundError):  # by another prepare, that found it finished, too
                 storage.delete(storage.join(output, name))
-        storage.delete(storage.join(output, store.PARTIAL))

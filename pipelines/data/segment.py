@@ -123,15 +123,15 @@ class _Part:
 
     def close(self) -> None:
         """The file as it is to be; _NoDocumentError where it would hold nothing."""
-        if self._writer is None or not self._faulty:
+        if self._writer is None:
             return
         if not self.result.documents:
             raise _NoDocumentError
+        if not self._faulty:
+            return
         assert self._path is not None
         self._writer.close()
-        whole = self._path.with_suffix(".whole")
-        store.without_rows(self._path, whole, self._faulty)
-        whole.replace(self._path)
+        store.drop_rows(self._path, part_name(self._unit.number), self._faulty)
         self.result.documents[:] = store.moved_up(self.result.documents)
 
     def _write(self, document: "_Document", *, whole: bool) -> None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config import InputError, fingerprint
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
+from pipelines.stores.transfer import beside
 
 FORMAT = 1
 STORE, PARTIAL, MANIFEST, ERRORS, INPUTS = (
@@ -155,12 +156,21 @@ def without_documents(uri: str, documents: Sequence[DocumentEntry], drop: set[st
         return []
     dropped = [document.rows for document in documents if document.document_id in drop]
     with storage.local_file(uri) as old, storage.writing(uri) as new:
-        without_rows(old, new, dropped)
+        _copy_without(old, new, dropped)
     return moved_up(kept)
 
 
-def without_rows(old: Path, new: Path, drop: Iterable[range]) -> None:
-    """Copies a segment file but for some rows: the bytes of one that never had them."""
+def drop_rows(path: Path, name: str, drop: Iterable[range]) -> None:
+    """Takes rows out of a segment file that is to have the name: it becomes the bytes of one that never had them."""
+    new = beside(path.with_name(name), "tmp")
+    try:
+        _copy_without(path, new, drop)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _copy_without(old: Path, new: Path, drop: Iterable[range]) -> None:
     file = pq.ParquetFile(old, page_checksum_verification=True)
     is_kept = np.ones(file.metadata.num_rows, dtype=bool)
     for rows in drop:

@@ -47,15 +47,17 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text to read. ApiError where the template takes no such messages, or one holds a token's name."""
-        for message in messages:
-            for name in self._own_names:
-                if name in message.text:
-                    reason = f"a message holds {name}, which the model knows as a token of its own; take it out"
-                    raise ApiError(400, "invalid_request", reason, "messages")
+        everything = "\0".join(message.text for message in messages)  # of which none holds a NUL
+        for name in self._own_names:
+            if name in everything:
+                reason = f"a message holds {name}, which the model knows as a token of its own; take it out"
+                raise ApiError(400, "invalid_request", reason, "messages")
         if self._template is None:
+            if any(message.name is not None for message in messages):
+                raise ApiError(400, "unsupported_parameter", "name: this model's chats have no names", "messages")
             turns = [f"{_NAMES[message.role]}: {message.text}\n\n" for message in messages]
             return "".join([*turns, "Assistant:"])
-        rows = [{"role": message.role, "content": message.text} for message in messages]
+        rows = [message.row() for message in messages]
         try:
             return self._template.render(messages=rows, add_generation_prompt=True, **self._special_tokens)
         except Exception as error:  # the border to a model's own program

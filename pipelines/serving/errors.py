@@ -54,6 +54,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers={**retry, **(headers or {})})
 
 
+def closed() -> ApiError:
+    """Nothing more is served here."""
+    return ApiError(503, "closed", "the server is leaving, or its engine has failed; try again")
+
+
 def of_request(error: RequestError) -> ApiError:
     """The engine's refusal as an answer."""
     return ApiError(STATUS[error.code], error.code, str(error))

@@ -16,10 +16,10 @@ import rmt_core
 from pipelines.data.tokenise import Tokenizer
 
 from .chat import ChatFormat
-from .errors import ApiError, of_request
+from .errors import ApiError, closed, of_request
 from .metrics import Metrics
 from .openai_schema import DEFAULT_TOKENS, Writing
-from .requests import Done, Event, Failed, OverloadedError, Request, RequestError, Usage, Written
+from .requests import ClosedError, Done, Event, Failed, OverloadedError, Request, RequestError, Usage, Written
 from .serve_config import ServeConfig
 from .service import Service, Stream
 
@@ -89,13 +89,13 @@ class Front:
         if num_tokens > limit:
             raise ApiError(400, "too_many_tokens", f"the text has {num_tokens} tokens; at most {limit} at a time")
 
-    def max_tokens(self, asked: int | None, default: int = DEFAULT_TOKENS) -> int:
+    def max_tokens(self, asked: int | None, default: int = DEFAULT_TOKENS, name: str = "max_tokens") -> int:
         """How many tokens to write, at most; where the request does not say, as many as it may of the default."""
         limit = self.config.max_new_tokens
         if asked is None:
             return min(default, limit)
         if asked > limit:
-            raise ApiError(400, "invalid_request", f"max_tokens is {asked}; it must be at most {limit}", "max_tokens")
+            raise ApiError(400, "invalid_request", f"{name} is {asked}; it must be at most {limit}", name)
         return asked
 
     def stop_tokens(self, writing: Writing) -> tuple[int, ...]:
@@ -110,6 +110,8 @@ class Front:
             stream = self.service.submit(request)
         except RequestError as error:
             raise of_request(error) from None
+        except ClosedError:
+            raise closed() from None
         except OverloadedError as error:
             raise ApiError(429, "overloaded", f"{error}; try again later") from None
         running = Running(self, stream, http, begun)

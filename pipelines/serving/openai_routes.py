@@ -1,5 +1,6 @@
 """`/v1/models`, `/v1/completions` and `/v1/chat/completions`, as OpenAI's clients speak."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Iterator
@@ -47,8 +48,9 @@ def routes(front: Front) -> APIRouter:
         _check_model(front, body.model)
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ApiError(400, "invalid_request", "give max_completion_tokens or max_tokens, not both", "max_tokens")
-        max_tokens = front.max_tokens(body.max_completion_tokens or body.max_tokens)
-        tokens = await front.encode(front.chat.prompt(body.messages))
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = front.max_tokens(getattr(body, name), name=name)
+        tokens = await front.encode(await asyncio.to_thread(front.chat.prompt, body.messages))
         request = _request(front, body, http, tokens, max_tokens, more_stops=front.chat.stop_strings)
         return await _respond(front, body, request, http, _ChatShape("chatcmpl", "chat.completion", body.model))
 

@@ -62,9 +62,16 @@ def check_text(text: str) -> str:
     return text
 
 
+def _check_id(name: str) -> str:
+    if name in (".", ".."):
+        raise ValueError("is a path's part by which no session can be asked for")
+    return name
+
+
 _FIRST_FAULT = Field(fail_fast=True)  # of a long list: one is told, and to gather all would take gigabytes
 Text = Annotated[str, pydantic.AfterValidator(check_text)]
-SessionId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+SessionId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$"), pydantic.AfterValidator(_check_id)]
+Flag = Annotated[bool, pydantic.BeforeValidator(lambda value: False if value is None else value)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
@@ -102,7 +109,7 @@ def _as(values: tuple[Any, ...]) -> tuple[Any, ...]:
 class StreamOptions(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    include_usage: bool = False
+    include_usage: Flag = False
     include_obfuscation: Literal[False] = False
 
 
@@ -114,7 +121,7 @@ class Writing(Body):
     seed: int | None = Field(None, ge=0, lt=2**63, description="equal seeds draw equal texts; without one it varies")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     ignore_eos: bool = Field(False, description="go on past the token that ends a text")
-    stream: bool = False
+    stream: Flag = False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -165,6 +172,10 @@ class Message(pydantic.BaseModel):
     def _refuse_what_is_not_served(cls, values: Any) -> Any:
         return _without_neutral(values, NEUTRAL_IN_MESSAGES)
 
+    def row(self) -> dict[str, str]:
+        """As chat templates take it."""
+        return {"role": self.role, "content": self.text, **({} if self.name is None else {"name": self.name})}
+
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -186,7 +197,7 @@ class ForkSession(Body):
 
 class AppendText(Body):
     text: Text = Field(description="read after what the session has read")
-    stream: bool = Field(False, description="progress as server-sent events")
+    stream: Flag = Field(False, description="progress as server-sent events")
     request_id: str | None = Field(None, min_length=1, max_length=128)
     expected_version: int | None = Field(None, ge=0)
 

@@ -32,6 +32,10 @@ class OverloadedError(RuntimeError):
     """There is no room for a further request now; try again later."""
 
 
+class ClosedError(OverloadedError):
+    """Nothing more is served here; try again, elsewhere."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Read `tokens`, then write up to `max_new_tokens`: 0 only reads.

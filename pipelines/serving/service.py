@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from .engine import Engine
 from .readers import Position, Reader
 from .records import Result, digest_of, hashed
-from .requests import Done, Event, Failed, OverloadedError, Request, RequestError, Written
+from .requests import ClosedError, Done, Event, Failed, OverloadedError, Request, RequestError, Written
 from .sessions import Loaded, Sessions, check_version
 from .store import UnavailableError
 from .text import TextStream
@@ -41,7 +41,7 @@ class Load(NamedTuple):
     num_requests: int  # accepted and not ended
     num_reading: int  # of them, in the engine
     num_writing: int  # of these, with a slot
-    num_waiting_segments: int  # full segments of the engine's requests that are still to be read
+    num_waiting_segments: int  # still to be read, with those that are written as soon as there is a slot
     prefix_bytes: int
     num_steps: int  # since the start
 
@@ -117,9 +117,9 @@ class Service:
         it or the service is closing. Call it in the event loop's thread.
         """
         self.engine.check(request)
-        if self._closing or not self.healthy:
-            raise OverloadedError("the service is closing")
-        if len(self._streams) >= self.max_requests:
+        if not self.is_open:
+            raise ClosedError("the service is closing")
+        if self.is_full:
             raise OverloadedError(f"{self.max_requests} requests are being served already")
         stream = Stream()
         self._streams.add(stream)
@@ -128,6 +128,16 @@ class Service:
         stream._task.add_done_callback(lambda _: self._end(stream))
         return stream
 
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are accepted, as far as there is room."""
+        return self.healthy and not self._closing
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a further request would be refused for want of room."""
+        return len(self._streams) >= self.max_requests
+
     def load(self) -> Load:
         """How busy the service is: what autoscaling and metrics look at."""
         readers = list(self.engine.readers.values())
@@ -135,7 +145,7 @@ class Service:
             len(self._streams),
             len(readers),
             len(self.engine.slots.holders),
-            sum(reader.num_open // reader.segment_len for reader in readers),
+            sum(_num_waiting(reader) for reader in readers),
             self.engine.prefixes.num_bytes,
             self.engine.num_steps,
         )
@@ -219,7 +229,11 @@ class Service:
         async for reader, event in self._run(request, loaded.record.position):
             if isinstance(event, Done):
                 event = event._replace(version=loaded.record.version + 1)
-                await self._commit(loaded, reader, event)
+                try:
+                    await self._commit(loaded, reader, event)
+                except RequestError as error:
+                    if error.code != "version_conflict" or not await self._is_kept(request, session, reader):
+                        raise
             out.put_nowait(event)
 
     async def _commit(self, loaded: Loaded, reader: Reader, done: Done) -> None:
@@ -233,6 +247,11 @@ class Service:
         except asyncio.CancelledError:
             await commit
             raise
+
+    async def _is_kept(self, request: Request, session: str, reader: Reader) -> bool:
+        """Whether the same request, sent to another replica meanwhile, has moved the session on by the same result."""
+        there = (await self.call(self.sessions.load, request.tenant, session)).record.result_of(request)
+        return there is not None and there.tokens == tuple(reader.written)
 
     def _again(self, request: Request, result: Result) -> Iterator[Event]:
         """The events of a request that was served before."""
@@ -287,6 +306,12 @@ class Service:
         self.healthy = False
         for inbox in self._inboxes.values():
             inbox.put_nowait(Failed("failed", _BROKEN))
+
+
+def _num_waiting(reader: Reader) -> int:
+    """Segments of a request that wait; the last one, which need not be full, does so while it has no slot."""
+    full, rest = divmod(reader.num_open, reader.segment_len)
+    return full + (rest > 0 and reader.slot is None and reader.writes)
 
 
 class _Turn:

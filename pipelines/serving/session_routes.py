@@ -66,8 +66,9 @@ def routes(front: Front) -> APIRouter:
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
             body = await _json_body(http)
-            tokens, stream = await front.encode(body.text), body.stream
-            request_id, expected_version = body.request_id, body.expected_version
+            tokens, stream = await front.encode(body.text), stream or body.stream
+            request_id = request_id if body.request_id is None else body.request_id
+            expected_version = expected_version if body.expected_version is None else body.expected_version
         elif kind in _TEXT_TYPES:
             tokens = await front.encode(await _text_body(http))
         else:

@@ -6,6 +6,7 @@ are somebody else's: they are neither counted nor deleted.
 """
 
 import hashlib
+import logging
 import re
 import threading
 import time
@@ -19,7 +20,9 @@ from . import records
 from .readers import Position
 from .records import KEPT_RESULTS, Boundary, Record, Result
 from .requests import RequestError
-from .store import Blob, ConflictError, Entry, Store
+from .store import Blob, ConflictError, Entry, Store, UnavailableError
+
+log = logging.getLogger(__name__)
 
 _OWN_NAME = re.compile(r"[0-9a-f]{64}/(head|summary|\d{8,})")  # `summary`: the record of a summary as a job
 _USAGE_AGE_S = 10.0  # for so long a count of all sessions is used, with what this process has changed since
@@ -152,14 +155,21 @@ class Sessions:
         """Delete what has expired and what killed processes left behind; how many sessions went."""
         now = self.clock()
         entries = list(self._entries())
-        heads = {entry.name.partition("/")[0]: entry for entry in entries if entry.name.endswith("/head")}
-        expired = [key for key, head in heads.items() if self._is_expired(head.modified_s, now)]
-        for key in expired:
-            self._delete(key)
+        heads = {entry.name.partition("/")[0]: entry for entry in entries if _is_head(entry)}
+        num_gone = 0
+        for key, head in heads.items():
+            # Listed anew: a session that has been used since then has not expired.
+            if self._is_expired(head.modified_s, now) and self._is_expired(self._saved_s(key), now):
+                self._delete(key)
+                num_gone += 1
         for entry in entries:
             if entry.name.partition("/")[0] not in heads and now - entry.modified_s > _ORPHAN_AGE_S:
                 self.store.delete(entry.name)
-        return len(expired)
+        return num_gone
+
+    def _saved_s(self, key: str) -> float:
+        """When a session was last changed; of one that is gone, long ago."""
+        return max((entry.modified_s for entry in self._entries(key) if _is_head(entry)), default=0.0)
 
     def _entries(self, group: str | None = None) -> Iterator[Entry]:
         """What is in the store and ours: a bucket may hold models beside sessions."""
@@ -241,7 +251,12 @@ class Sessions:
         record = Record(old.session, old.version + 1, position, self.clock(), results, tuple(kept))
         blob = self._put(old.session, records.to_bytes(record, self.fingerprint), loaded.blob.tag)
         for boundary in gone:
-            self.store.delete(_version_name(old.session, boundary.version))
+            if boundary.version == old.version:  # it was never kept
+                continue
+            try:
+                self.store.delete(_version_name(old.session, boundary.version))
+            except UnavailableError as error:  # the session has moved on all the same; the rest goes with it
+                log.warning("an earlier version of a session could not be deleted: %s", error)
         return _info(record, blob)
 
     def _keep(self, name: str, data: bytes) -> None:
@@ -282,11 +297,11 @@ class Sessions:
             now, usage, limits = self.clock(), self._usage, self.limits
             if limits.max_sessions is not None or limits.max_bytes is not None:
                 if usage is None or now - usage.counted_s > _USAGE_AGE_S:
-                    usage = self._count(now)
+                    usage = self._count()
                 if self._is_full(usage) and now - self._swept_s > _USAGE_AGE_S:
                     self.sweep()
                     self._swept_s = now
-                    usage = self._count(now)
+                    usage = self._count()
                 self._usage = usage
                 if self._is_full(usage):
                     raise RequestError("store_full", "there is no room for a further session; delete some")
@@ -299,17 +314,21 @@ class Sessions:
             limits.max_bytes is not None and usage.num_bytes >= limits.max_bytes
         )
 
-    def _count(self, now: float) -> _Usage:
+    def _count(self) -> _Usage:
         entries = list(self._entries())
-        num_sessions = sum(entry.name.endswith("/head") for entry in entries)
+        num_sessions = sum(_is_head(entry) for entry in entries)
         num_bytes = sum(entry.num_bytes for entry in entries)
-        return _Usage(now, num_sessions, num_bytes).plus(len(self._being_made), sum(self._being_made))
+        return _Usage(self.clock(), num_sessions, num_bytes).plus(len(self._being_made), sum(self._being_made))
 
 
 def check_version(record: Record, expected: int | None) -> None:
     """RequestError where the session is not at the version that the caller expects."""
     if expected is not None and record.version != expected:
         raise RequestError("version_conflict", f"the session is at version {record.version}, not {expected}")
+
+
+def _is_head(entry: Entry) -> bool:
+    return entry.name.endswith("/head")
 
 
 def _key(tenant: str, session: str) -> str:

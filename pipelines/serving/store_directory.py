@@ -10,6 +10,8 @@ from pipelines import storage
 
 from .store import Blob, ConflictError, Entry, UnavailableError
 
+_MARK = ".sessions"  # by which a directory is known to be one
+
 
 class DirectoryStore:
     """Files in a directory that all processes which share it can lock (`flock`: a disk, or an NFS 4 mount).
@@ -21,12 +23,14 @@ class DirectoryStore:
     def __init__(self, root: str) -> None:
         self.root = Path(storage.absolute(root))
         self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / _MARK).touch()
 
     def get(self, name: str) -> Blob | None:
         with _asking():
             try:
                 data = self._path(name).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
+                self._check_there()
                 return None
         return Blob(data, hashlib.sha256(data).hexdigest())
 
@@ -51,6 +55,7 @@ class DirectoryStore:
 
     def entries(self, group: str | None = None) -> Iterator[Entry]:
         with _asking():
+            self._check_there()
             paths = sorted(self.root.glob(f"??/{group or '*'}/[!.]*"))
         for path in paths:
             with _asking():
@@ -60,11 +65,16 @@ class DirectoryStore:
                     continue
             yield Entry(f"{path.parent.name}/{path.name}", found.st_size, found.st_mtime)
 
+    def _check_there(self) -> None:
+        """OSError where this is not the directory that was opened: one that is no longer mounted looks empty."""
+        (self.root / _MARK).stat()
+
     def _path(self, name: str) -> Path:
         return self.root / name[:2] / name
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
+        self._check_there()
         path = self.root / name[:2] / ".lock"
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import rmt_core
 
-from .errors import ApiError
+from .errors import ApiError, closed
 from .front import Front, usage_of
 from .openai_schema import SummaryRequest
 from .readers import Position
@@ -61,8 +61,10 @@ class SummaryJobs:
     async def create(self, tenant: str, body: SummaryRequest) -> Job:
         """Begin a job. Raises ApiError."""
         front = self._front
-        if len(self._tasks) >= front.config.max_requests:
+        if len(self._tasks) >= front.config.max_requests or front.service.is_full:
             raise ApiError(429, "overloaded", "too many summaries are being written; try again later")
+        if not front.service.is_open:
+            raise closed()
         max_tokens = front.max_tokens(body.max_tokens)
         tokens = await front.encode((body.text or "") + body.prompt)
         if not tokens:
@@ -137,7 +139,8 @@ class SummaryJobs:
         except ConflictError:
             pass  # cancelled or deleted by another replica
         except asyncio.CancelledError:  # as the server closes; or by a user, whose request has changed the record
-            job = replace(job, status="failed", error=_CLOSED, renewed_s=time.time())
+            if job.status == "running":
+                job = replace(job, status="failed", error=_CLOSED, renewed_s=time.time())
             with contextlib.suppress(ConflictError, RequestError):
                 await self._front.service.call(self._put, name, job, tag)
         except Exception as error:  # the border of a job: its message may hold what the user wrote
@@ -147,17 +150,26 @@ class SummaryJobs:
                 await self._front.service.call(self._put, name, failed, tag)
 
     async def _keep(self, name: str, job: Job, tag: str) -> str:
-        """Write the record; the new tag. While the store does not answer, a job goes on, and an ended one waits."""
-        give_up_s = time.monotonic() + _STALE_S
+        """Write the record; the new tag. While the store does not answer, a job goes on, and an ended one waits.
+
+        ConflictError where another replica has cancelled or deleted the job.
+        """
+        call, give_up_s = self._front.service.call, time.monotonic() + _STALE_S
         while True:
             try:
-                return await self._front.service.call(self._put, name, job, tag)
+                return await call(self._put, name, job, tag)
+            except ConflictError:
+                there, tag = await call(self._read, name)  # what was written although no answer came is ours
+                if there == job:
+                    return tag
+                if there.status != "running":
+                    raise
             except RequestError:
                 if job.status == "running":
                     return tag
                 if time.monotonic() > give_up_s:
                     raise
-            await asyncio.sleep(_RENEW_S)
+                await asyncio.sleep(_RENEW_S)
 
     async def _steps(self, job: Job, request: Request, position: Position | None) -> AsyncGenerator[Job, None]:
         """The job as it goes on; the last one has ended."""
@@ -199,14 +211,21 @@ class SummaryJobs:
     def _put(self, name: str, job: Job, tag: str | None) -> str:
         return self._store.put(name, json.dumps(asdict(job)).encode(), tag)
 
-    def _get(self, name: str) -> tuple[Job, str]:
+    def _read(self, name: str) -> tuple[Job, str]:
+        """What is written there; ConflictError where it was deleted."""
         blob = self._store.get(name)
         if blob is None:
-            raise RequestError("session_not_found", "there is no such summary")
-        job = Job(**json.loads(blob.data))
+            raise ConflictError(name)
+        return Job(**json.loads(blob.data)), blob.tag
+
+    def _get(self, name: str) -> tuple[Job, str]:
+        try:
+            job, tag = self._read(name)
+        except ConflictError:
+            raise RequestError("session_not_found", "there is no such summary") from None
         if job.status == "running" and time.time() - job.renewed_s > _STALE_S:
             job = replace(job, status="failed", error="the server that worked on it is gone; send it again")
-        return job, blob.tag
+        return job, tag
 
 
 def _name(tenant: str, job_id: str) -> str:

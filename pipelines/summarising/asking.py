@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from pipelines.config import InputError, canonical_json
 from pipelines.storage import StorageError
 from pipelines.summarising.documents import DocumentError, Summary, Text, describe, document_seed
@@ -200,6 +202,8 @@ class Asking:
             return []
         try:
             return list(self.model.generate(asks))
+        except torch.AcceleratorError:  # the device is lost: no prompt's fault, and nothing can be computed any more
+            raise
         except Exception as error:  # some prompt's fault; whose is seen by asking each alone
             if len(asks) == 1:
                 return [error]

@@ -152,12 +152,17 @@ class Ledger:
         return total
 
     def failed(self, blocks: Iterable[int], attempts: int) -> set[int]:
-        """Those of the blocks that hold an error of a document that was tried no more than `attempts` times."""
+        """Those of the blocks that hold an error of a document that was tried no more than `attempts` times.
+
+        Ids that come again are not tried again.
+        """
         found = set()
         for block in blocks:
-            table = self.rows(block, ["status", "attempt"])
-            pairs = zip(table.column("status").to_pylist(), table.column("attempt").to_pylist(), strict=True)
-            if any(status == ERROR and attempt <= attempts for status, attempt in pairs):
+            rows = self.rows(block, ["status", "attempt", "error"]).to_pylist()
+            if any(
+                row["status"] == ERROR and row["attempt"] <= attempts and row["error"] != catalogue.REPEATED
+                for row in rows
+            ):
                 found.add(block)
         return found
 

@@ -353,3 +353,13 @@ def test_where_texts_come_from_failing_is_no_fault_of_a_text(model: InstructMode
 
     with pytest.raises(StorageError):
         list(asking(Watched(model), name).summarise([*texts(), Text("a", chunks(), STYLE)]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lost_device_is_no_documents_fault(model: InstructModel, name: str) -> None:
+    class Lost(Watched):
+        def generate(self, asks: Sequence[Ask]) -> list[Reply]:
+            raise torch.AcceleratorError("the device is lost")
+
+    with pytest.raises(torch.AcceleratorError):
+        list(asking(Lost(model), name).summarise(texts()))

@@ -36,6 +36,8 @@ def test_the_id_is_the_custom_id_and_settings_are_the_requests() -> None:
     line = read({"prompt": "x", "max_tokens": 7, "temperature": 0, "top_p": 0.5, "seed": 3}, url="/v1/completions")
     assert line.request == Request("/v1/completions", 7, 0.0, 0.5, 3)
     assert line.document.document_id == "r-1"
+    nothing = {"presence_penalty": 0.0, "frequency_penalty": 0, "response_format": {"type": "text"}, "tools": []}
+    assert read({"prompt": "x", **nothing}).request == Request("/v1/chat/completions")
     assert read({"messages": [{"content": "x"}], "n": 1, "stream": False, "user": "u"}).request == Request(
         "/v1/chat/completions"
     )
@@ -49,7 +51,10 @@ def test_the_id_is_the_custom_id_and_settings_are_the_requests() -> None:
         ({"prompt": "x"}, {"method": "GET"}, "`method`"),
         ({}, {}, "needs one of"),
         ({"prompt": "x", "input": "y"}, {}, "needs one of"),
-        ({"prompt": "x", "tools": []}, {}, "`body.tools` is []"),
+        ({"prompt": "x", "tools": [1]}, {}, "`body.tools` is [1]"),
+        ({"prompt": "x", "presence_penalty": 1}, {}, "`body.presence_penalty` is 1"),
+        ({"prompt": "x", "temperature": 10**400}, {}, "a number from 0"),
+        ({"prompt": "x", "top_p": -(10**400)}, {}, "a number from 0"),
         ({"prompt": "x", "n": 2}, {}, "`body.n` is 2"),
         ({"prompt": "x", "stream": True}, {}, "`body.stream`"),
         ({"prompt": "x", "max_tokens": 0}, {}, "whole number from 1"),

@@ -103,3 +103,21 @@ def test_halves_of_surrogate_pairs_do_not_break_the_catalogue(tmp_path: Path) ->
     entries = survey(tmp_path)
     assert [entry.outcome for entry in entries] == ["error", "error"]
     assert catalogue.from_table(catalogue.to_table(entries)) == entries
+
+
+def test_a_file_of_many_that_can_be_read_again_has_one_row_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "e.parquet").write_bytes(b"none")
+    bad = survey(tmp_path)
+    assert catalogue.look_up_again(bad)[0].reason == bad[0].reason
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "e.parquet")
+    (again,) = catalogue.look_up_again(bad)
+    assert (again.outcome, again.doc_id) == ("error", "e.parquet")
+    assert "give it an output of its own" in again.reason
+
+
+def test_requests_that_cannot_be_used_have_one_answer_too() -> None:
+    asked = [Entry("a", "", "", outcome="error", reason="bad", url="/v1/completions") for _ in "12"]
+    asked += [Entry("a", "", "", sha256="1", url="/v1/completions"), Entry("b", "", "", outcome="error", reason="bad")]
+    found = list(catalogue.sort_out_repeated(asked))
+    assert [entry.url for entry in found] == ["/v1/completions", None, None, None]
+    assert [entry.outcome for entry in found] == ["error"] * 4

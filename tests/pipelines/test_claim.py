@@ -80,3 +80,10 @@ def test_of_two_that_start_at_once_the_later_has_it(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="process 7 on elsewhere; wait"), claimed(str(tmp_path), "train"):
         raise AssertionError("two at work")
     assert json.loads((tmp_path / CLAIM).read_text())["driver"] == "other"
+
+
+def test_what_a_killed_driver_was_writing_goes_too(tmp_path: Path) -> None:
+    (tmp_path / f".{CLAIM}.0123abcd.tmp").write_text("{")
+    with claimed(str(tmp_path), "train"):
+        pass
+    assert list(tmp_path.iterdir()) == []

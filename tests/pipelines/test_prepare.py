@@ -1,5 +1,6 @@
 """prepare: every document whole and exact in the store, or a row in errors.jsonl; the same again does nothing."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,7 @@ def test_a_fault_anywhere_in_a_document_means_that_nothing_of_it_stays(
     monkeypatch.setattr(segment, "_HELD_TOKENS", num_held)
     monkeypatch.setattr(store, "ROW_GROUP_TOKENS", 700)
     monkeypatch.setattr("pipelines.data.batches.BATCH_CHARS", 1000)
+    monkeypatch.setattr("pipelines.data.read.CHUNK_BYTES", 1000)
     monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
     good = b"words that are good, " * 500
     (tmp_path / "1.txt").write_bytes(good + b"\xff" + good)
@@ -226,12 +229,58 @@ def test_a_fault_anywhere_in_a_document_means_that_nothing_of_it_stays(
 
 def test_long_documents_that_are_all_faulty_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "_HELD_TOKENS", 1)
+    monkeypatch.setattr("pipelines.data.read.CHUNK_BYTES", 1000)
     monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
     (tmp_path / "1.txt").write_bytes(b"words that are good, " * 500 + b"\xff")
     result, texts = _unit(tmp_path, "1.txt")
     assert (texts, _kinds(result)) == ({}, [("1", None, "not_utf8")])
     assert [file.name for file in result.inputs] == ["1.txt"]
     assert not list((tmp_path / "store").glob("*segments*"))
+    result, texts = _unit(tmp_path, "1.txt", segment_len=2**20)  # so that no segment was written
+    assert (texts, _kinds(result)) == ({}, [("1", None, "not_utf8")])
+    assert not list((tmp_path / "store").glob("*segments*"))
+
+
+def test_an_interruption_while_a_file_is_made_anew_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "_HELD_TOKENS", 1)
+    monkeypatch.setattr("pipelines.data.read.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("pipelines.data.pieces.PIECE_CHARS", 1000)
+    (tmp_path / "1.txt").write_bytes(b"words that are good, " * 500 + b"\xff")
+    (tmp_path / "2.txt").write_bytes(b"good")
+    copy = store._copy_without
+    seen: list[str] = []
+
+    def interrupted(old: Path, new: Path, drop: Any) -> None:
+        copy(old, new, drop)
+        seen.extend(path.name for path in new.parent.glob(".*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_copy_without", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _unit(tmp_path, "1.txt", "2.txt")
+    assert len(seen) == 2
+    assert all(progress._TEMPORARY.fullmatch(name) for name in seen)  # so that also after a kill they are ours
+    assert not list((tmp_path / "store").glob(".*"))
+
+
+def test_long_units_are_begun_as_there_are_cores(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = [Unit(n, [FileEntry(f"{n}.txt", f"{n}.txt", 2**40, 0)], "", 1, "") for n in range(7)]
+    num_ended, most = 0, 0
+
+    def begin(unit: Unit, in_flight: int, where: Any) -> Any:
+        nonlocal most
+        most = max(most, unit.number + 1 - num_ended)
+        return prepare.ray.put(UnitResult(unit.number, [], [], []))
+
+    monkeypatch.setattr(prepare.spreading, "begin", begin)
+    found = []
+    for result in prepare._written(units):
+        found.append(result.number)
+        num_ended += 1
+    assert sorted(found) == list(range(7))
+    assert most <= prepare._num_cpus()
 
 
 @pytest.mark.parametrize("segment_len", [1, 7, 100])
@@ -401,6 +450,26 @@ def test_two_at_once_do_not_work_on_one_output(
         assert sorted(path.name for path in output.iterdir()) == before
     assert _main(capfd, *argv)[0] == 0
     assert not (output / claim.CLAIM).exists()
+
+
+def test_a_store_that_another_has_made_meanwhile_is_found_made(
+    local_ray: None, books: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--input", books, "--output", tmp_path / "out", "--segment-len", "4"]
+    claimed = claim.claimed
+
+    @contextlib.contextmanager
+    def late(output: str, job: str) -> Iterator[None]:
+        monkeypatch.setattr(prepare, "claimed", claimed)
+        assert _main(capfd, *argv)[0] == 0
+        with claimed(output, job):
+            yield
+
+    monkeypatch.setattr(prepare, "claimed", late)
+    code, result, stderr = _main(capfd, *argv)
+    assert (code, result["num_documents"]) == (0, len(KEPT))
+    assert "nothing to do" in stderr
+    assert not (tmp_path / "out" / claim.CLAIM).exists()
 
 
 @pytest.mark.long

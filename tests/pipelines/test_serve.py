@@ -106,6 +106,11 @@ def test_a_dry_run_prints_the_settings(model: str, capfd: pytest.CaptureFixture[
     assert json.loads(capfd.readouterr().out)["max_requests"] == 256
 
 
+def test_a_dry_run_prints_no_password(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["--model", model, "--store", "redis://me:secret@host:1/0", "--dry-run"]) == 0
+    assert json.loads(capfd.readouterr().out)["store"] == "redis://***@host:1/0"
+
+
 def test_a_rayservice_needs_keys_as_its_proxy_is_reached_from_outside(model: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--api-keys"):
         serve.build({"model": model, "store": str(tmp_path)})

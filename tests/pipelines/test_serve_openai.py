@@ -273,3 +273,19 @@ def test_too_many_requests_get_429_and_when_to_come_again() -> None:
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_nulls_stand_for_what_is_not_said_and_a_limit_has_its_own_name(server: Running) -> None:
+    chat = {"model": NAME, "messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 2}
+    assert server.http.post("/v1/chat/completions", json={**chat, "stream": None}).status_code == 200
+    answer = server.http.post("/v1/chat/completions", json={**chat, "max_completion_tokens": 10**6})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_completion_tokens")
+    named = {**chat, "messages": [{"role": "user", "content": "a", "name": "Bob"}]}
+    answer = server.http.post("/v1/chat/completions", json=named)
+    assert (answer.status_code, "name" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_a_template_may_use_names() -> None:
+    template = "{% for message in messages %}{{ message.name or message.role }}: {{ message.content }}\n{% endfor %}"
+    messages = [Message(role="user", content="a", name="Bob"), Message(role="user", content="b")]
+    assert ChatFormat(template).prompt(messages) == "Bob: a\nuser: b\n"

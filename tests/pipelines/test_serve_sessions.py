@@ -292,3 +292,41 @@ def test_a_client_that_goes_before_its_body_has_come_is_no_failure(
     assert sent == []
     assert "failed" not in caplog.text
     assert re.findall(r'rmt_answers_total{.*/append",status="(\d+)"}', front.metrics.text().decode()) == ["0"]
+
+
+def test_what_the_address_says_holds_for_json_too(server: Running) -> None:
+    server.http.post("/v1/sessions", json={"id": "addressed"}).raise_for_status()
+    asked = "/v1/sessions/addressed/append?request_id=one&expected_version=0"
+    first = server.http.post(asked, json={"text": "abc"})
+    assert first.status_code == 200
+    assert server.http.post(asked, json={"text": "abc"}).json() == first.json()  # the first result, not a conflict
+    assert server.http.get("/v1/sessions/addressed").json()["num_tokens"] == 3
+    answer = server.http.post("/v1/sessions/addressed/append?expected_version=7", json={"text": "abc"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "version_conflict")
+    body = {"text": "abc", "stream": None, "expected_version": 1}
+    assert server.http.post("/v1/sessions/addressed/append?expected_version=7", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_no_session_has_a_name_that_is_no_part_of_a_path(server: Running, name: str) -> None:
+    answer = server.http.post("/v1/sessions", json={"id": name})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "id")
+
+
+def test_a_server_that_leaves_or_is_full_says_so_at_once() -> None:
+    with running(max_requests=1) as busy:
+        stream = {"model": "tiny", "prompt": "a", "max_tokens": 4096, "ignore_eos": True, "stream": True}
+        with busy.http.stream("POST", "/v1/completions", json=stream) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            answers = [
+                busy.http.post("/v1/summaries", json={"text": "a"}),
+                busy.http.post("/v1/completions", json=stream),
+            ]
+            assert [each.status_code for each in answers] == [429, 429]
+        busy.front.service.healthy = False
+        for path, body in (("/v1/completions", stream), ("/v1/summaries", {"text": "a"})):
+            answer = busy.http.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "closed"), path
+            assert int(answer.headers["retry-after"]) > 0
+        busy.front.service.healthy = True

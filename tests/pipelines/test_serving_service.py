@@ -320,3 +320,44 @@ def test_a_store_that_fails_fails_the_request_without_saying_how(caplog: pytest.
     run(test())
     assert secret not in caplog.text
     assert torch.is_grad_enabled()
+
+
+def test_a_request_that_another_replica_has_served_meanwhile_is_no_conflict() -> None:
+    async def test() -> None:
+        store = MemoryStore()
+        async with serving(store) as one, serving(store) as other:
+            one.sessions.create("", "a")
+            request = Request(TEXT, 3, session="a", request_id="once")
+            commit = one.sessions.commit
+
+            def late(*args: Any) -> Any:
+                return commit(*args) if other_is_done.wait(WAIT_S) else None
+
+            other_is_done = threading.Event()
+            one.sessions.commit = late  # type: ignore[method-assign]
+            stream = one.submit(request)
+            expected = await other.submit(request).result()
+            other_is_done.set()
+            assert await stream.result() == expected
+            assert one.sessions.info("", "a").version == 1
+            other_is_done.clear()
+            stream = one.submit(Request(TEXT, 3, session="a", request_id="another"))
+            await other.submit(Request([1], session="a")).result()
+            other_is_done.set()
+            assert (await stream.result())[2].code == "version_conflict"  # type: ignore[union-attr]
+
+    run(test())
+
+
+def test_what_waits_for_a_slot_is_counted() -> None:
+    engine = Engine(MODEL, Settings(server_key=b"key", num_slots=1, exact=False), fingerprint="f")
+    service = Service(engine, Sessions(MemoryStore(), engine.start(), fingerprint="f"))
+    for _ in range(3):
+        engine.add(Request(TEXT[: T + 2], 4))
+    engine.step()  # reads the full segment of each
+    assert service.load().num_waiting_segments == 3
+    engine.step()
+    assert service.load().num_waiting_segments == 2
+    while engine.busy:
+        engine.step()
+    assert service.load().num_waiting_segments == 0

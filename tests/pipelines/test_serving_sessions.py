@@ -21,7 +21,7 @@ from pipelines.serving.readers import Position
 from pipelines.serving.records import Record, Result, digest_of, hashed
 from pipelines.serving.requests import Done, Request, RequestError, Usage
 from pipelines.serving.sessions import Limits, Sessions
-from pipelines.serving.store import ConflictError, Entry, Store, open_store
+from pipelines.serving.store import ConflictError, Entry, Store, UnavailableError, open_store
 from pipelines.serving.store_memory import MemoryStore
 from tests.rmt_core.tiny import same_states
 
@@ -541,3 +541,45 @@ def test_a_redis_that_is_not_there_is_one_line_without_its_password() -> None:
     with pytest.raises(InputError, match="cannot be reached") as caught:
         open_store("redis://:secret@127.0.0.1:1/0")
     assert "secret" not in str(caught.value)
+
+
+def test_a_session_that_is_used_while_it_is_swept_stays() -> None:
+    store = MemoryStore()
+    sessions = sessions_of(store, ttl_s=100.0)
+    sessions.create("t", "a")
+    sessions.create("t", "b")
+    sessions.clock.ahead_s = 101.0  # type: ignore[attr-defined]
+    entries, name = store.entries, next(entry.name for entry in store.entries())
+
+    def used(group: str | None = None) -> Iterator[Entry]:
+        found = list(entries(group))
+        if group is not None and name.startswith(group):
+            found = [entry._replace(modified_s=entry.modified_s + 50) for entry in found]
+        return iter(found)
+
+    store.entries = used  # type: ignore[method-assign]
+    assert sessions.sweep() == 1
+    assert [entry.name for entry in entries()] == [name]
+
+
+def test_a_commit_is_made_though_an_earlier_version_cannot_be_deleted(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    sessions = sessions_of(store, kept_versions=1)
+    sessions.create("t", "a")
+    sessions.commit(sessions.load("t", "a"), position(1, 3))
+
+    def down(name: str) -> bool:
+        raise UnavailableError("it is down")
+
+    store.delete = down  # type: ignore[method-assign]
+    assert sessions.commit(sessions.load("t", "a"), position(2, 6)).version == 2
+    assert sessions.info("t", "a").version == 2
+    assert "could not be deleted: it is down" in caplog.text
+
+
+def test_without_kept_versions_nothing_is_deleted() -> None:
+    store = MemoryStore()
+    sessions = sessions_of(store, kept_versions=0)
+    sessions.create("t", "a")
+    store.delete = lambda name: pytest.fail(name)  # type: ignore[method-assign]
+    assert sessions.commit(sessions.load("t", "a"), position(1, 3)).version == 1

@@ -182,3 +182,12 @@ def test_another_model_than_the_jobs_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(worker, "open_strategy", lambda settings: (Counting(), "other"))
     with pytest.raises(RuntimeError, match="all machines share"):
         worker_on(ledger_of(tmp_path, 1, 1))
+
+
+def test_ids_that_come_again_are_not_tried_again(tmp_path: Path, strategy: Counting) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "id": "x"}\n{"text": "bb", "id": "x"}\nno JSON\n')
+    ledger = planned(tmp_path, 2)
+    for block in range(2):
+        worker_on(ledger).run(block, committed=False)
+    assert [row["status"] for block in range(2) for row in rows(ledger, block)] == ["ok", "error", "error"]
+    assert ledger.failed([0, 1], 1) == {1}
