@@ -95,7 +95,7 @@ def _make(output: str, config: PrepareConfig, tokenizer: Tokenizer, files: list[
     with connect(config.num_cpus):
         _begin(output, {"identity": identity, "config": _saved(config)}, tokenizer, stale)
         results = _drop_later_duplicates(units, _run(units))
-    return _finish(output, config, tokenizer, results)
+        return _finish(output, config, tokenizer, results)
 
 
 # --- a store that is there already ------------------------------------------------------------------

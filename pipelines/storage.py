@@ -104,8 +104,9 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    with writing(uri) as path:
+def write_bytes(uri: str, data: bytes, *, flush: bool = True) -> None:
+    """Writes a file. Without `flush` it is not awaited that the disk has it: a power cut may take it."""
+    with writing(uri, flush=flush) as path:
         path.write_bytes(data)
 
 
@@ -143,7 +144,7 @@ def _json_bytes(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def writing(uri: str) -> Iterator[Path]:
+def writing(uri: str, *, flush: bool = True) -> Iterator[Path]:
     """A local path to write a file to, which becomes `uri` when the block ends well and vanishes otherwise.
 
     Parent directories are made. For S3 the file lies on this machine's temporary disk until it is uploaded.
@@ -162,7 +163,7 @@ def writing(uri: str) -> Iterator[Path]:
         path = beside(final, "tmp")
         try:
             yield path
-            put_file(path, final)
+            put_file(path, final, flush=flush)
         finally:
             path.unlink(missing_ok=True)
 

@@ -111,7 +111,7 @@ def save_tokens(uri: str, encoded: Sequence[Encoded]) -> None:
     lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
     ids = np.concatenate([one.ids for one in encoded]) if len(encoded) else np.zeros(0, dtype=np.int32)
     data = safetensors.numpy.save({"ids": ids, "lengths": lengths})
-    storage.write_bytes(uri, hashlib.sha256(data).digest() + data)
+    storage.write_bytes(uri, hashlib.sha256(data).digest() + data, flush=False)
 
 
 def load_tokens(uri: str) -> list[Encoded] | None:

@@ -47,11 +47,13 @@ def beside(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.{kind}")
 
 
-def put_file(fresh: Path, final: Path) -> None:
-    """Gives a complete file its name; it is on the disk when this returns."""
-    _sync(fresh)
+def put_file(fresh: Path, final: Path, *, flush: bool = True) -> None:
+    """Gives a complete file its name; it is on the disk when this returns, or without `flush` some time later."""
+    if flush:
+        _sync(fresh)
     fresh.replace(final)
-    _sync(final.parent)
+    if flush:
+        _sync(final.parent)
 
 
 def create_file(fresh: Path, final: Path) -> bool:
