@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import rmt_core
-from pipelines import storage, train
+from pipelines import claim, storage, train
 from pipelines.config import InputError, build
 from pipelines.data.tokenise import load_tokenizer
-from pipelines.training import claim, run_directory, worker
+from pipelines.training import run_directory, worker
 from pipelines.training.settings import (
     CurriculumSettings,
     OptimizerSettings,
@@ -196,7 +196,10 @@ def test_a_second_start_leaves_what_the_first_is_writing(
     run = tmp_path / "run"
     (run / "checkpoint_being_written").mkdir(parents=True)
     monkeypatch.setattr(claim, "BEAT_S", 0.05)
-    with claim.claimed(str(run)), pytest.raises(InputError, match=f"another train is at work on {run}: process"):
+    with (
+        claim.claimed(str(run), "train"),
+        pytest.raises(InputError, match=f"another train is at work on {run}: process"),
+    ):
         train.train(config(run))
     assert os.listdir(run) == ["checkpoint_being_written"]
 
