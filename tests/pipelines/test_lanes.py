@@ -225,7 +225,7 @@ def test_sampled_windows_are_whole_segments_in_a_row_with_a_fresh_memory() -> No
     assert len(seen) == sum(entry.num_segments for entry in store.manifest)  # every segment can be drawn
 
 
-@pytest.mark.parametrize("num_segments", [1, 3, 8])
+@pytest.mark.parametrize("num_segments", [pytest.param(1, marks=pytest.mark.long), 3, 8])
 def test_of_each_document_its_share_is_read_however_long_windows_are(num_segments: int) -> None:
     sizes = [SEGMENT_LEN] * 40 + [40 * SEGMENT_LEN]  # half of all segments are one document's
     for shares, wanted in (((), 0.5), ([Share(range(40), 1.0), Share(range(40, 41), 3.0)], 0.75)):

@@ -140,6 +140,7 @@ def test_the_cache_never_takes_more_than_its_bytes_and_the_longest_unused_goes()
     assert (len(cache), cache.num_bytes) == (0, 0)
 
 
+@pytest.mark.long
 def test_an_entry_is_counted_as_what_it_takes_of_the_machine() -> None:
     """In a process of its own, whose memory holds nothing else."""
     measured = subprocess.run([sys.executable, "-c", FILL], cwd=ROOT, capture_output=True, text=True, check=True)
