@@ -34,13 +34,17 @@ _SHOW_WORKERS = "RMT_SHOW_WORKERS"  # 1 or 0: whether what the workers print app
 _POOLS = "RMT_POOLS"  # pools of the cluster, with commas: train,data
 _POOL_LABEL = "rmt/pool"
 _ANSWER_S = 5.0  # how long a cluster may take to accept a connection
+SERVE_ENVIRONMENT = {
+    # Serve's proxies have 5 seconds to start, in which a busy machine is still importing, and are killed then.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.proxy:middlewares",
+}
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
-    # Of Serve, whose proxies have 5 seconds to start, in which a busy machine is still importing, and are killed then.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    **SERVE_ENVIRONMENT,  # here and not where Serve starts: workers that are started ahead have it too
 }
 
 

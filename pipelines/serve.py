@@ -25,7 +25,7 @@ from typing import Any
 
 from pipelines import config as configs
 from pipelines import storage
-from pipelines.cluster import connect, has_cluster
+from pipelines.cluster import SERVE_ENVIRONMENT, connect, has_cluster
 from pipelines.config import InputError
 from pipelines.extras import require_extra
 from pipelines.job import run_job
@@ -65,6 +65,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.host, "port": port, "keep_alive_timeout_s": 75},
+            controller_options={"runtime_env": {"env_vars": SERVE_ENVIRONMENT}} if joins else None,
         )
         try:
             serve.run(application, name=APPLICATION, route_prefix="/")

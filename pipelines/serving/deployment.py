@@ -92,6 +92,8 @@ def application(config: ServeConfig, keys: Sequence[Key] | None) -> serve.Applic
     scaling = AutoscalingConfig(
         min_replicas=config.min_replicas,
         max_replicas=config.max_replicas,
+        upscale_delay_s=config.scale_up_after_s,
+        downscale_delay_s=config.scale_down_after_s,
         policy=AutoscalingPolicy(
             policy_function=WaitingSegments, policy_kwargs={"segments_per_replica": config.segments_per_replica}
         ),

@@ -35,6 +35,8 @@ class ServeConfig(Config):
     min_replicas: int = pydantic.Field(1, ge=1, description="replicas, each with the model, at least")
     max_replicas: int = pydantic.Field(1, ge=1, description="replicas at most; more come as segments queue")
     segments_per_replica: int = pydantic.Field(64, ge=1, description="queued segments that call for one replica more")
+    scale_up_after_s: float = pydantic.Field(30.0, ge=0, description="seconds that they call before one more starts")
+    scale_down_after_s: float = pydantic.Field(600.0, ge=0, description="seconds without a call before one is ended")
     num_slots: int = pydantic.Field(16, ge=1, description="requests that a replica writes for at the same time")
     rows_read: int = pydantic.Field(4, ge=1, description="segments read in one step")
     write_steps_per_read: int = pydantic.Field(8, ge=1, description="steps of writing to one of reading")

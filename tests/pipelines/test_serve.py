@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,9 @@ import ray
 
 import rmt_core
 from pipelines import serve
+from pipelines.cluster import SERVE_ENVIRONMENT
 from pipelines.config import InputError, build
+from pipelines.serving.auth import new_key
 from pipelines.serving.deployment import WaitingSegments
 from pipelines.serving.serve_config import ServeConfig
 from tests.pipelines.serving_http import BYTES, MODEL, make_app, make_config, until, written
@@ -139,7 +142,8 @@ def url(model: str, local_ray: None, store: Path) -> Iterator[str]:
     from ray import serve as ray_serve
 
     port = serve._free_port(make_config(port=0))
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    options = {"runtime_env": {"env_vars": SERVE_ENVIRONMENT}}
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port}, controller_options=options)
     deploy(model, store)
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
@@ -154,6 +158,14 @@ def test_the_official_client_works_unchanged(url: str) -> None:
         assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     ready = httpx.get(f"{url}/readyz", headers={"x-request-id": "mine"})
     assert (ready.status_code, ready.headers.get_list("x-request-id")) == (200, ["mine"])
+
+
+@pytest.mark.slow
+def test_serves_own_proxy_tells_of_its_health_and_nothing_else(url: str) -> None:
+    assert httpx.get(f"{url}/-/healthz").text == "success"
+    for path in ("/-/routes", "/-/routes/", "/-/routes?verbose=1", "/-/%72outes"):
+        answer = httpx.get(f"{url}{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
 
 
 @pytest.mark.slow
@@ -246,6 +258,48 @@ def test_a_redeploy_lets_what_is_being_written_end(url: str, model: str, store: 
 
 
 @pytest.mark.long
+def test_a_replica_comes_as_segments_queue_and_goes_again_and_no_stream_breaks(
+    url: str, model: str, store: Path
+) -> None:
+    """Ray's autoscaler as it is: it hears of the queue every ten seconds."""
+    from ray import serve as ray_serve
+
+    def running() -> int:
+        return ray_serve.status().applications["rmt-test"].deployments["rmt"].replica_states.get("RUNNING", 0)
+
+    def write(name: str) -> bool:
+        """Whether the answer still came after the replica was told to go."""
+        headers = {"x-session-id": name}
+        with httpx.stream("POST", f"{url}/v1/completions", json=ENDLESS, headers=headers, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if goes.is_set() and '"text":' in line:
+                    return True
+        return False
+
+    deploy(
+        model,
+        store,
+        min_replicas=1,
+        max_replicas=2,
+        max_requests=16,
+        segments_per_replica=50,
+        scale_up_after_s=1,
+        scale_down_after_s=2,
+    )
+    until(lambda: running() == 1, "one replica", 90)
+    goes = threading.Event()
+    book = {"prompt": TEXT * 500, "max_tokens": 1, "model": "tiny"}
+    with ThreadPoolExecutor(9) as pool:
+        reading = pool.submit(httpx.post, f"{url}/v1/completions", json=book, timeout=240)
+        until(lambda: running() == 2, "a second replica", 90)
+        assert reading.result().status_code == 200
+        writing = [pool.submit(write, f"writer-{number}") for number in range(8)]
+        until(lambda: running() == 1, "one replica again", 120)
+        goes.set()
+        assert all(writer.result() for writer in writing)
+
+
+@pytest.mark.long
 def test_the_command_serves_until_it_is_told_and_ends_what_it_serves(model: str, tmp_path: Path) -> None:
     words = [
         sys.executable,
@@ -256,7 +310,12 @@ def test_the_command_serves_until_it_is_told_and_ends_what_it_serves(model: str,
         "0",
         "--store",
         "memory:",
+        "--api-keys",
+        str(tmp_path / "keys"),
     ]
+    key, line = new_key("alice")
+    (tmp_path / "keys").write_text(line)
+    headers = {"authorization": f"Bearer {key}"}
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -271,7 +330,8 @@ def test_the_command_serves_until_it_is_told_and_ends_what_it_serves(model: str,
             address = next((line.strip() for line in lines if line.startswith("http://")), None)
             assert address is not None, "".join(lines)
             body = {"model": "tiny", "prompt": TEXT, "max_tokens": 9, "temperature": 0}
-            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=180)
+            assert httpx.get(f"{address}/-/routes").status_code == 401  # Serve's own, which it would answer
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=180, headers=headers)
             assert answer.json()["choices"][0]["text"] == written(TEXT.encode(), 9)
             process.send_signal(signal.SIGTERM)
             assert process.wait(180) == 0
