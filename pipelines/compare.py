@@ -17,13 +17,14 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pydantic
 
 from pipelines import storage
-from pipelines.config import Config, Count
+from pipelines.config import Config, Count, InputError
 from pipelines.job import run_job
 from pipelines.tasks import capacity, cost_plot
 from pipelines.tasks.comparison import BY_SEGMENT, differences_of_questions, read_groups
@@ -31,6 +32,7 @@ from pipelines.tasks.comparison_plot import plot
 from pipelines.tasks.comparison_table import differences, markdown
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.questions import ACCURACY
+from pipelines.tasks.report import CONFIG
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.compare")
 
@@ -65,6 +67,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if unlike := differences_of_questions([one for group in groups for one in group.evaluations]):
         log.warning("not the same questions: %s", unlike)
     output = storage.absolute(config.output)
+    if CONFIG in storage.list_names(output):
+        raise InputError(f"--output {output} holds a finished run of another command; give a directory of its own")
     files = {
         "table": (TABLE, markdown(groups, config.metric).encode()),
         "plot": (PLOT, plot(groups, config.metric, config.trained_len)),
@@ -81,7 +85,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "output": output,
         **{key: storage.join(output, name) for key, (name, _) in files.items()},
         "models": {group.name: [one.name for one in group.evaluations] for group in groups},
-        "differences": [one._asdict() for one in differences(groups)],
+        "differences": [
+            {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in one.items()}
+            for one in (difference._asdict() for difference in differences(groups))
+        ],
     }
 
 

@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from pipelines import storage
 from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, canonical_json, split_commas
 from pipelines.job import run_job
+from pipelines.origin import in_words, origin
 from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
 from pipelines.tasks.cost import COSTS
@@ -51,6 +53,16 @@ _OWN_NAME = re.compile(
 _RUN_NAME = re.compile(r"run-[a-z0-9_]+-\d+-\d+\.json")  # of a task, length and seed: figures kept until all are there
 _REPORT_S = 30.0  # without news for so long, the log says that work goes on
 _NOT_IDENTITY = {"model", "data", "output", "num_cpus"}  # places, and what does not change a figure
+_READ_BY_TASKS = {  # what a task may read: our setting -> its own
+    "data": "held_out",
+    "background": "background",
+    "num_samples": "num_samples",
+    "depths": "depths",
+    "seed": "seed",
+    "seeds": "seed",
+    "questions": "questions",
+    "limit_segments": "limit_segments",
+}
 _OF_FULL = {"memory_limit", "segment_len"}  # settings of full attention
 
 
@@ -140,10 +152,8 @@ class EvaluateConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _nothing_ignored(self) -> "EvaluateConfig":
-        fields = {"data": "held_out", "background": "background", "num_samples": "num_samples"}
-        fields |= {"depths": "depths", "seed": "seed", "seeds": "seed", "questions": "questions"}
         read = frozenset().union(*(TASKS[task].settings for task in self.task))
-        for field, setting in {**fields, "limit_segments": "limit_segments"}.items():
+        for field, setting in _READ_BY_TASKS.items():
             if field in self.model_fields_set and setting not in read:
                 raise ValueError(f"--{field.replace('_', '-')} is not read by {', '.join(self.task)}; leave it out")
         if self.compile and (self.device == "cuda" or self.attention == "full"):
@@ -165,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures, or finds measured; the figures of whole lengths. Raises InputError."""
     output, model_uri = storage.absolute(config.output), storage.absolute(config.model)
+    for field in [field for field in _READ_BY_TASKS if field in config.model_fields_set]:
+        if unread := [task for task in config.task if _READ_BY_TASKS[field] not in TASKS[task].settings]:
+            log.info("--%s is not read by %s", field.replace("_", "-"), ", ".join(unread))
     subject, material, identity = _inspect(config, model_uri)
     if _is_finished(output, identity):
         log.info("%s is already measured with these settings: nothing to do", output)
@@ -178,11 +191,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 [run for run in runs if run not in kept], material, lambda run, found: _keep(output, run, found)
             )
     lines = [_line(run, figure, subject) for run in runs for figure in kept[run]]
-    content = {"format": FORMAT, "identity": identity, "config": config.model_dump(mode="json")}
+    made_by = origin()
+    content = {"format": FORMAT, "identity": identity, "config": config.model_dump(mode="json"), "made_by": made_by}
     for name, data in (
         (METRICS, _as_lines(line for line in lines if line["metric"] not in COSTS)),
         (COST_LINES, _as_lines(line for line in lines if line["metric"] in COSTS)),
-        (TABLE, report.markdown(subject, lines).encode()),
+        (TABLE, f"{report.markdown(subject, lines)}\n{in_words(made_by)}:\n\n    {_command(config)}\n".encode()),
         (PLOT, report.plot(subject, lines)),
     ):
         storage.write_bytes(storage.join(output, name), data)
@@ -192,6 +206,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             storage.delete(storage.join(output, name))
     log.info("results in %s", storage.join(output, TABLE))
     return _summary(output, [line for line in lines if line["metric"] not in COSTS])
+
+
+def _command(config: EvaluateConfig) -> str:
+    """What to type for these figures: the settings that were given."""
+    given = [(name, getattr(config, name)) for name in type(config).model_fields if name in config.model_fields_set]
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote('DIR' if name == 'output' else _shown_whole(value))}"
+        for name, value in given
+        if name != "num_cpus"
+    ]
+    return " ".join(["python pipelines/evaluate.py", *words])
+
+
+def _shown_whole(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 def _as_lines(lines: Iterable[dict[str, Any]]) -> bytes:

@@ -13,6 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: import from the repository root, not from pipelines/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import hashlib
+import importlib.metadata
 import json
 import logging
 from collections.abc import Sequence
@@ -66,7 +68,13 @@ def measure(config: HarnessConfig) -> dict[str, Any]:
         raise InputError(f"--tasks {unknown}: lm-evaluation-harness has no such task")
     model, tokenizer = load(storage.absolute(config.model), config.device)
     settings = config.model_dump(mode="json", exclude={"model", "output"})
-    about = {"format": FORMAT, **settings, "model": rmt_core.fingerprint(model)}
+    about = {
+        "format": FORMAT,
+        **settings,
+        "model": rmt_core.fingerprint(model),
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "include": config.include_path and _digest(Path(config.include_path)),
+    }
     if not _is_measured(output, about):
         found = simple_evaluate(
             model=as_harness_model(model, tokenizer, config.batch_size),
@@ -81,6 +89,14 @@ def measure(config: HarnessConfig) -> dict[str, Any]:
         storage.write_json(storage.join(output, CONFIG), about)
     log.info("results in %s", storage.join(output, RESULTS))
     return {"output": output, "metrics": _metrics(storage.read_json(storage.join(output, RESULTS))["results"])}
+
+
+def _digest(folder: Path) -> str:
+    """Of all files in a folder, their names and what they hold."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _is_measured(output: str, about: dict[str, Any]) -> bool:

@@ -29,9 +29,9 @@ from pipelines.tasks import attention, slots, slots_picture
 from pipelines.tasks.base import device_of, segments
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.running import load
-from pipelines.tasks.samples import Wanted
+from pipelines.tasks.samples import Wanted, segment_start
 from pipelines.tasks.slots_picture import Shown
-from pipelines.tasks.texts import noise, prose
+from pipelines.tasks.texts import cut, noise, prose
 from rmt_core import RecurrentModel
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.pictures")
@@ -70,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(config: PicturesConfig) -> dict[str, Any]:
     """Reads texts and draws; where the pictures and tables are. Raises InputError."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; use --device cpu")
     uri, output = storage.absolute(config.model), storage.absolute(config.output)
     model, tokenizer = load(uri, config.device)
     chosen = _chosen(config, model)
@@ -128,20 +126,27 @@ def _slots(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, ab
 
 @torch.inference_mode()
 def _attention(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, about: str) -> dict[str, bytes]:
-    """Of the last segment, which asks, after all before it; shares are over a batch of texts, maps of its first one."""
+    """Of the segment that asks, up to the answer, after all before it: maps of the first text, shares over those of a
+    batch that ask in the same segment.
+    """
     samples = texts.samples[: config.batch_size]
-    state, before, last = model.init_state(len(samples)), None, None
-    for part in segments([sample.stream() for sample in samples], model.segment_len, device_of(model)):
-        before, last = state, part
+    asking = [cut(sample.stream(), sample.answers[0].at) for sample in samples]
+    last_start = segment_start(samples[0].answers[0].at, model.segment_len)
+    state = model.init_state(len(samples))
+    for part in segments(asking, model.segment_len, device_of(model)):
+        if part.start == last_start:
+            break
         state = model.step(part.tokens, state, part.lengths)[1]
-    assert last is not None
-    masses = rmt_core.mean_over_heads(rmt_core.attention_mass(model, last.tokens, before, last.lengths))
-    maps = rmt_core.attention_maps(model, last.tokens[0], rmt_core.state.select(before, [0]))
+    lengths = part.tokens.new_full((len(samples),), part.tokens.shape[1]) if part.lengths is None else part.lengths
+    rows = lengths.nonzero()[:, 0].tolist()
+    before, tokens, lengths = rmt_core.state.select(state, rows), part.tokens[rows], lengths[rows]
+    masses = rmt_core.mean_over_heads(rmt_core.attention_mass(model, tokens, before, lengths))
+    maps = rmt_core.attention_maps(model, tokens[0, : int(lengths[0])], rmt_core.state.select(before, [0]))
     by_head = maps.weights.shape[0] * maps.weights.shape[1] <= attention.MAX_PANELS  # else one a layer
-    title = f"{about}, the last segment ({last.tokens.shape[1]} tokens)"
+    title = f"{about}, the segment that asks (its {int(lengths[0])} tokens up to the answer)"
     return {
         "attention.png": attention.heat_maps(maps, title, by_head=by_head),
-        "attention_by_layer.png": attention.mass_chart(masses, f"{title}, mean of {len(samples)} texts and of heads"),
+        "attention_by_layer.png": attention.mass_chart(masses, f"{title}, mean of {len(rows)} texts and of heads"),
         "attention.md": attention.mass_table(masses).encode(),
     }
 

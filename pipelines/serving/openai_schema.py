@@ -118,7 +118,9 @@ class Writing(Body):
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, lt=2**63, description="equal seeds draw equal texts; without one it varies")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="equal seeds draw equal texts; without one it varies"
+    )
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     ignore_eos: bool = Field(False, description="go on past the token that ends a text")
     stream: Flag = False
@@ -216,7 +218,7 @@ class SummaryRequest(Body):
     max_tokens: int | None = Field(None, ge=1, description=_MAX_TOKENS)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> "SummaryRequest":

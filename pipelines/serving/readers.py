@@ -139,8 +139,8 @@ def check(request: Request, vocab_size: int) -> None:
     """RequestError where the request makes no sense, whatever the model's state."""
     if request.max_new_tokens < 0:
         raise RequestError("invalid_request", f"max_new_tokens is {request.max_new_tokens}; it must be 0 or more")
-    if not 0 <= request.seed < 2**63:
-        raise RequestError("invalid_request", f"seed is {request.seed}; it must be from 0 to 2^63 - 1")
+    if not -(2**63) <= request.seed < 2**63:
+        raise RequestError("invalid_request", f"seed is {request.seed}; it must be from -2^63 to 2^63 - 1")
     if any(not stop for stop in request.stop_strings):
         raise RequestError("invalid_request", "a stop string is empty; it must have at least one character")
     if _outside(request.tokens, vocab_size):

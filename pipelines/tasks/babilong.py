@@ -65,15 +65,25 @@ def marked(sample: Sample, question: str, answer: str, labels: Sequence[str], ma
 
 
 def is_strictly_right(written: str, question: str, answer: str, labels: Sequence[str]) -> bool:
-    """Whether the first sentence holds just one of the labels that the question does not hold, and it is the answer."""
+    """Whether the first sentence names just the answer, or all its parts between commas, of the labels that the
+    question does not name.
+    """
     sentence = first_sentence(written)
-    named = {label.lower() for label in labels if label.lower() in sentence and label.lower() not in question.lower()}
-    return named == {answer.lower()}
+    return {label for label in labels if _names(sentence, label) and not _names(question, label)} == set(_parts(answer))
 
 
 def is_laxly_right(written: str, answer: str) -> bool:
-    """Whether the answer occurs."""
-    return answer.lower() in written.lower()
+    """Whether the answer occurs, or all its parts between commas."""
+    return all(part.lower() in written.lower() for part in _parts(answer))
+
+
+def _parts(answer: str) -> list[str]:
+    return [part.strip() for part in answer.split(",")]
+
+
+def _names(text: str, label: str) -> bool:
+    """As a word, whatever its case: `no` is not named by `know`."""
+    return re.search(rf"\b{re.escape(label)}\b", text, re.IGNORECASE) is not None
 
 
 def first_sentence(written: str) -> str:

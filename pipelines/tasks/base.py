@@ -44,7 +44,7 @@ class Figure(NamedTuple):
     segment: int | None = None  # index of the segment that it is about; None: the whole length
     num_tokens: int | None = None  # tokens that it is a mean over
     depth: float | None = None  # where facts stand, in [0, 1]
-    num_samples: int | None = None  # samples that it is a fraction of
+    num_samples: int | None = None  # samples that it is a fraction of, or rows of text that it is a mean over
     num_texts: int | None = None  # texts that were read at this cost
     low: float | None = None  # ends of the 95 % confidence interval
     high: float | None = None

@@ -203,15 +203,10 @@ def _shortened(evaluations: Sequence[Evaluation]) -> str:
 
 def read_evaluation(uri: str, metric: str) -> Evaluation:
     """InputError where there is no finished evaluation, or it has no such figures."""
-    file = storage.join(uri, CONFIG)
-    content = storage.read_json(file) if storage.exists(file) else None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{uri} is no finished evaluation; give directories written by evaluate")
     if metric == AT_DEPTH:
         raise InputError(f"--metric {AT_DEPTH}: evaluate draws it, as a heat map of one model")
-    files = [name for name in (METRICS, COST_LINES) if storage.exists(storage.join(uri, name))]
-    written = [line for name in files for line in storage.read_bytes(storage.join(uri, name)).splitlines()]
-    lines = pooled([json.loads(line) for line in written])
+    content, written = _left_by_evaluate(uri)
+    lines = pooled(written)
     found = [line for line in lines if line["metric"] == metric]
     unfit = [line for line in lines if line["metric"] == DOES_NOT_FIT]
     if not found and any(line["metric"] != DOES_NOT_FIT for line in lines):
@@ -229,6 +224,25 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     ends = {task: min(line["length"] for line in unfit if line["task"] == task) for task in distinct(unfit, "task")}
     subject = Subject(**content["model"])
     return Evaluation(name, uri.rstrip("/"), subject, asked, points, measuring, _costs(lines, subject), ends)
+
+
+def _left_by_evaluate(uri: str) -> tuple[dict[str, Any], list[Line]]:
+    """A finished evaluation's configuration and figures. InputError."""
+    file = storage.join(uri, CONFIG)
+    try:
+        content = storage.read_json(file) if storage.exists(file) else None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{uri} is no finished evaluation; give directories written by evaluate")
+        Subject(**content["model"])
+        files = [name for name in (METRICS, COST_LINES) if storage.exists(storage.join(uri, name))]
+        lines = [
+            json.loads(line) for name in files for line in storage.read_bytes(storage.join(uri, name)).splitlines()
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{uri} is a damaged evaluation ({error}); measure it again, to another --output") from error
+    return content, lines
 
 
 def _costs(lines: Sequence[Line], subject: Subject) -> list[Cost]:

@@ -48,7 +48,7 @@ def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_l
     if chances := [point.line["chance"] for point in points if "chance" in point.line]:
         panel.axhline(chances[0], color="grey", linestyle=":", label=f"chance ({chances[0]:.3g})")
     _axes(panel, name, groups, metric, trained_len)
-    if all("low" in point.line for point in points):
+    if metric not in _UNITS and all("low" in point.line for point in points):
         panel.set_ylim(-0.03, 1.03)
     elif metric in COSTS:
         panel.set_yscale("log")
@@ -118,10 +118,11 @@ def curve(panel: Axes, by_place: Mapping[int, Sequence[float]], group: Group, lo
     x = [at for at, _ in points]
     means = [sum(values) / len(values) for _, values in points]
     panel.plot(x, means, **looks)
-    low, high = ([least(values) for _, values in points] for least in (min, max))
+    finite = [[value for value in values if math.isfinite(value)] or [math.nan] for _, values in points]
+    low, high = ([least(values) for values in finite] for least in (min, max))
     panel.fill_between(x, low, high, color=looks["color"], alpha=0.15, linewidth=0)
     if len(group.evaluations) > 1:
         dots = [(at, value) for at, values in points for value in values]
         panel.scatter([at for at, _ in dots], [value for _, value in dots], s=6, color=looks["color"], zorder=3)
-    finite = [(at, mean) for at, mean in zip(x, means, strict=True) if math.isfinite(mean)]
-    return End(*finite[-1], group.label, looks["color"]) if finite else None
+    drawn = [(at, mean) for at, mean in zip(x, means, strict=True) if math.isfinite(mean)]
+    return End(*drawn[-1], group.label, looks["color"]) if drawn else None

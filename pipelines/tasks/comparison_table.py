@@ -14,14 +14,8 @@ from pipelines.tasks.comparison import (
     place_name,
     places,
 )
-from pipelines.tasks.report import UNITS, cell, number, titled
-
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom (Abramowitz and Stegun, table 26.10). Beyond them the
-# last one: its interval is then too wide, by 4 % at most.
-_T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from pipelines.tasks.intervals import t_interval
+from pipelines.tasks.report import UNITS, about_intervals, cell, number, titled
 
 
 class Difference(NamedTuple):
@@ -53,17 +47,6 @@ def differences(groups: Sequence[Group]) -> list[Difference]:
     return found
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """The mean of values and the ends of its 95 % interval by Student's t, which one value alone has not."""
-    num = len(values)
-    mean = sum(values) / num
-    if num < 2:
-        return mean, None, None
-    deviation = (sum((value - mean) ** 2 for value in values) / (num - 1)) ** 0.5
-    half = _T_95[min(num - 1, len(_T_95)) - 1] * deviation / num**0.5
-    return mean, mean - half, mean + half
-
-
 def markdown(groups: Sequence[Group], metric: str) -> str:
     """The models; all groups for each task, a column each; every model of each group; the difference of two groups."""
     parts = [_models(groups)]
@@ -78,8 +61,9 @@ def markdown(groups: Sequence[Group], metric: str) -> str:
             unit = UNITS.get(metric)
             parts.append(titled(f"{panel}: {metric}, memory {about}", *_every_model(group, panel, metric), unit))
     parts.extend(_difference_tables(groups, metric))
-    if any("low" in point.line for one in _all(groups) for point in one.points):
-        parts.append("In brackets: the 95 % Wilson interval over a model's samples. Means are over models.")
+    notes = about_intervals([point.line for one in _all(groups) for point in one.points])
+    if notes:
+        parts.append(" ".join([*notes, "Means are over models."]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -126,11 +126,18 @@ def png(drawing: Drawing) -> bytes:
 
 
 def log_axis(panel: Axes, places: Sequence[int], names: Sequence[str], label: str) -> None:
-    """A logarithmic axis with these places, in order, marked; those that are close to one another get slanted names."""
-    panel.set_xscale("log", base=2)
+    """A logarithmic axis with these places, in order, marked; those that are close to one another get slanted names.
+
+    A place 0 stands left of the others.
+    """
+    least = min((place for place in places if place), default=1)
+    if places[0]:
+        panel.set_xscale("log", base=2)
+    else:
+        panel.set_xscale("symlog", base=2, linthresh=least)
     panel.xaxis.set_major_locator(FixedLocator(places))
     panel.xaxis.set_minor_locator(NullLocator())
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(places) > 8 else {}
     panel.set_xticklabels(names, **slanted)
-    panel.set_xlim(places[0] / 1.4, places[-1] * 1.4)
+    panel.set_xlim(places[0] / 1.4 if places[0] else -0.4 * least, max(places[-1], least) * 1.4)
     panel.set_xlabel(label)

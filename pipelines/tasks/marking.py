@@ -38,8 +38,13 @@ def rouge_l(written: str, expected: str) -> float:
     return float(RougeScorer(["rougeL"]).score(expected, written)["rougeL"].fmeasure)
 
 
+def rouge_l_of_line(written: str, expected: str) -> float:
+    """The same of the first line."""
+    return rouge_l(first_line(written), expected)
+
+
 def character_rouge_l(written: str, expected: str) -> float:
-    """The same of characters. Needs rouge-score."""
+    """`rouge_l` of characters. Needs rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return float(RougeScorer(["rougeL"], tokenizer=_Characters()).score(expected, written)["rougeL"].fmeasure)

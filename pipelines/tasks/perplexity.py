@@ -4,7 +4,9 @@ Documents are cut into rows of `length` tokens. A row begins with the model's in
 of its tokens but the first is predicted, the first of a segment by the last of the segment before, so the figure of
 segment s is the mean loss of what segment s predicts. Where memory helps, it falls with s and the ablations do not.
 
-Axes: B rows, N tokens of a row, T tokens of a segment, K segments, D width, V vocabulary.
+Intervals are over rows.
+
+Axes: B rows of a batch, R rows in all, N tokens of a row, T tokens of a segment, K segments, D width, V vocabulary.
 """
 
 import math
@@ -30,6 +32,7 @@ from pipelines.tasks.base import (
     memories_for,
     segments,
 )
+from pipelines.tasks.intervals import ratio_interval
 from rmt_core import RecurrentModel
 
 
@@ -54,15 +57,15 @@ class Perplexity:
     def measure(self, model: RecurrentModel, length: int, material: Material) -> list[Figure]:
         rows = _rows(length, model.segment_len, material)
         memories = memories_for(len(rows), material)
-        sums: dict[str, np.ndarray] = {}  # memory -> (K,) nats
-        num_bytes = 0
+        nats: dict[str, list[np.ndarray]] = {memory: [] for memory in memories}  # (B, K) each
+        num_bytes: list[int] = []
         for batch in _batches(rows, material.batch_size):
             texts = [material.held_out.read(row.document, row.start, row.start + length) for row in batch]
-            num_bytes += sum(len(material.tokenizer.decode_bytes(text[1:])) for text in texts)
+            num_bytes.extend(len(material.tokenizer.decode_bytes(text[1:])) for text in texts)
             for memory, losses in batch_losses(model, np.stack(texts), memories).items():
-                sums[memory] = sums.get(memory, 0) + losses.sum(0)
-        counts = len(rows) * _num_predicted(length, model.segment_len)
-        return [figure for memory in memories for figure in _figures(memory, sums[memory], counts, num_bytes)]
+                nats[memory].append(losses)
+        sizes = (_num_predicted(length, model.segment_len), np.array(num_bytes))
+        return [figure for memory in memories for figure in _figures(memory, np.concatenate(nats[memory]), *sizes)]
 
 
 @torch.inference_mode()
@@ -99,15 +102,22 @@ def _num_predicted(length: int, segment_len: int) -> np.ndarray:
     return np.diff(ends)
 
 
-def _figures(memory: str, sums: np.ndarray, counts: np.ndarray, num_bytes: int) -> list[Figure]:
-    """sums (K,) nats and counts (K,) tokens of one memory."""
-    nats, num_tokens = float(sums.sum()), int(counts.sum())
+def _figures(memory: str, nats: np.ndarray, num_predicted: np.ndarray, num_bytes: np.ndarray) -> list[Figure]:
+    """nats (R, K) of one memory, by rows and segments; num_predicted (K,) tokens of a row, num_bytes (R,)."""
+    num_rows, each = len(nats), int(num_predicted.sum())
+
+    def figure(metric: str, sums: np.ndarray, sizes: np.ndarray, num_tokens: int, segment: int | None = None) -> Figure:
+        mean, low, high = ratio_interval(sums, sizes)
+        tokens = num_rows * num_tokens
+        return Figure(metric, mean, memory, segment, num_tokens=tokens, num_samples=num_rows, low=low, high=high)
+
+    whole = nats.sum(1)
     return [
-        Figure("loss", nats / num_tokens, memory, num_tokens=num_tokens),
-        Figure("bits_per_byte", nats / math.log(2) / num_bytes, memory, num_tokens=num_tokens),
+        figure("loss", whole, np.full(num_rows, each), each),
+        figure("bits_per_byte", whole / math.log(2), num_bytes, each),
         *(
-            Figure("loss_by_segment", float(total / count), memory, segment=index, num_tokens=int(count))
-            for index, (total, count) in enumerate(zip(sums, counts, strict=True))
+            figure("loss_by_segment", nats[:, index], np.full(num_rows, num), int(num), index)
+            for index, num in enumerate(num_predicted)
         ),
     ]
 

@@ -25,7 +25,7 @@ def equation(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sa
     num_roots = 2 * _MAX_ROOT + 1
     gaps = _gaps(abs(a) * (high - low))
     asked = [
-        ask(scene, "\nD=", str(b * b - 4 * a * c), num_roots * _MAX_LEADING),  # (a (r - s))^2
+        ask(scene, "\nD=", str(b * b - 4 * a * c), num_roots),  # (a (r - s))^2; 0 is the likeliest, of equal roots
         ask(scene, "\nx1=", str(low), num_roots - min(gaps)),
         ask(scene, "\nx2=", str(high), sum(low + gap <= _MAX_ROOT for gap in gaps)),
     ]

@@ -8,7 +8,6 @@ has scorers, the model also writes freely, at most to the tokenizer's end token,
 Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,18 +34,12 @@ from pipelines.tasks.base import (
     memories_for,
     segments,
 )
+from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
 from rmt_core import FullContext, Output, RecurrentModel
 from rmt_core.state import State
 
-_NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-
 ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
-
-
-class Interval(NamedTuple):
-    low: float
-    high: float
 
 
 class Marks(NamedTuple):
@@ -86,6 +79,8 @@ class QuestionTask:
                 self._sample(index, length, segment_len, material)
             except TooShortError as error:
                 need = max(need, error.need)
+            except ValueError as error:
+                raise InputError(f"{self.name}: {error}") from error
         if need:
             raise InputError(
                 f"{self.name} at length {length}: facts, questions and answers need at least {need} tokens"
@@ -98,11 +93,11 @@ class QuestionTask:
         return measured(model, material.num_samples, draw, material)
 
     def _sample(self, index: int, length: int, segment_len: int, material: Material) -> Sample:
-        """The same one for the same seed; what it draws takes no time to speak of, the text is made when it is read."""
+        """The same one for the same seed and length; drawing takes no time to speak of, the text is made when read."""
         depths = material.depths if self._has_depths else ()
         wanted = Wanted(length, segment_len, depths[index % len(depths)] if depths else None)
         scene = Scene(material.tokenizer, _background(material))
-        return self.make(scene, wanted, np.random.default_rng((material.seed, index)))
+        return self.make(scene, wanted, np.random.default_rng((material.seed, length, index)))
 
 
 def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], material: Material) -> list[Figure]:
@@ -177,7 +172,7 @@ def batch_marks(
     """Marks of a batch, each text read once.
 
     The ablations give a segment another state but never change what is carried, so they are run only over
-    segments in which a token of an answer is predicted.
+    segments in which a token of an answer is predicted. Behind a text's last token nothing is asked: it is not read.
     """
     device = device_of(model)
     asked = _asked(samples)
@@ -188,7 +183,9 @@ def batch_marks(
     most_written = max(sample.max_new_tokens for sample in samples)
     state = begin(model, len(samples), max(sample.num_tokens for sample in samples) - 1 + most_written)
     skimmer = rmt_core.Skimmer(model, compiled=compiled)
-    for part in segments([_all_but_the_last(sample) for sample in samples], model.step_len, device):
+    for part in segments(
+        [texts.cut(sample.stream(), sample.num_tokens - 1) for sample in samples], model.step_len, device
+    ):
         first, last = np.searchsorted(asked[:, 1], (part.start, part.start + part.tokens.shape[1]))
         here = asked[first:last]
         if not len(here):
@@ -204,15 +201,6 @@ def batch_marks(
                 marks.right[memory][row][answer] = False
             _score(model, samples, _Read(part, before, out, new), tokenizer, marks.scores[memory])
     return marks
-
-
-def _all_but_the_last(sample: Sample) -> Iterator[np.ndarray]:
-    """The text without its last token, behind which nothing is asked."""
-    left = sample.num_tokens - 1
-    for block in sample.stream():
-        if left:
-            yield block[:left]
-        left -= min(left, len(block))
 
 
 def _asked(samples: Sequence[Sample]) -> np.ndarray:
@@ -275,15 +263,3 @@ def _background(material: Material) -> texts.Background:
     if material.background == "noise":
         return texts.noise(material.tokenizer)
     return texts.prose(material.held_out)
-
-
-def wilson_interval(num_right: float, num: int) -> Interval:
-    """The 95 % score interval of a proportion (Wilson 1927): sound at 0, at 1 and for few samples, unlike p +- 2 s.
-
-    `num_right` may hold fractions of samples: a mark in [0, 1] with mean p varies by at most p (1 - p), so that the
-    interval is then too wide, if anything.
-    """
-    p, z2 = num_right / num, _NORMAL_95**2
-    middle = (p + z2 / (2 * num)) / (1 + z2 / num)
-    half = _NORMAL_95 / (1 + z2 / num) * math.sqrt(p * (1 - p) / num + z2 / (4 * num**2))
-    return Interval(min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))  # p is within, rounded or not

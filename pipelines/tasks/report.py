@@ -16,7 +16,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
 from pipelines.tasks.curves import mark_end
-from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, wilson_interval
+from pipelines.tasks.intervals import wilson_interval
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE
 
 Line = Mapping[str, Any]
 
@@ -24,6 +25,7 @@ FORMAT = "rmt-evaluation-1"  # of an evaluation's directory, as its configuratio
 FULL_ATTENTION = "full attention"  # in place of a memory
 METRICS, COST_LINES, CONFIG = "metrics.jsonl", "costs.jsonl", "config.json"  # of its files
 
+LOSSES = ("loss", "bits_per_byte", "loss_by_segment")  # means over rows of text; other figures are shares of samples
 UNITS = {
     "loss": "nats per token",
     "loss_by_segment": "nats per token",
@@ -170,9 +172,21 @@ def _depth_table(metric: str, lines: Sequence[Line]) -> str:
     depths = sorted(distinct(lines, "depth"))
     mine = {(line["length"], line["depth"]): line for line in lines if line["memory"] == TRUE}
     rows = [
-        [f"{length:,}", *(cell(mine.get((length, depth))) for depth in depths)] for length in distinct(lines, "length")
+        [
+            f"{length:,}",
+            num_samples([line for (at, _), line in mine.items() if at == length]),
+            *(cell(mine.get((length, depth))) for depth in depths),
+        ]
+        for length in distinct(lines, "length")
     ]
-    return titled(f"{metric}, true memory", ["tokens", *(f"depth {depth:g}" for depth in depths)], rows)
+    heads = ["tokens", "samples a depth", *(f"depth {depth:g}" for depth in depths)]
+    return titled(f"{metric}, true memory", heads, rows)
+
+
+def num_samples(lines: Sequence[Line]) -> str:
+    """How many samples stand behind figures: a number, or from the fewest to the most."""
+    counts = sorted({line["num_samples"] for line in lines})
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
@@ -187,7 +201,8 @@ def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
         for start, end in stretches(size):
             means = [number(mean_loss(curve[start:end]) if curve else None) for curve in curves.values()]
             rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *means])
-        tables.append(titled(f"{metric} at {length:,} tokens", ["segment", *curves], rows, UNITS.get(metric)))
+        told = next((f", {line['num_samples']:,} rows" for line in lines if "num_samples" in line), "")
+        tables.append(titled(f"{metric} at {length:,} tokens{told}", ["segment", *curves], rows, UNITS.get(metric)))
     return tables
 
 
@@ -206,9 +221,7 @@ def titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], unit
 
 
 def _notes(lines: Sequence[Line]) -> list[str]:
-    notes = []
-    if any("low" in line for line in lines):
-        notes.append("In brackets: the 95 % Wilson interval.")
+    notes = about_intervals(lines)
     if any("chance" in line and line.get("memory") == "shuffled" for line in lines):
         notes.append(
             "A shuffled memory knows another sample's answer, which by chance is the right one too: a model that "
@@ -222,6 +235,15 @@ def _notes(lines: Sequence[Line]) -> list[str]:
     measured = [{line["memory"] for line in told if line["length"] == length} for length in distinct(lines, "length")]
     if any(memories == {TRUE, ZEROED} for memories in measured):
         notes.append("A dash: a single row has no neighbour to be shuffled with.")
+    return notes
+
+
+def about_intervals(lines: Iterable[Line]) -> list[str]:
+    """What stands in brackets behind figures."""
+    of_losses = {line["metric"] in LOSSES for line in lines if "low" in line}
+    notes = ["In brackets: the 95 % Wilson interval over a model's samples."] if False in of_losses else []
+    if True in of_losses:
+        notes.append("In brackets: the 95 % interval over rows of text, as if they were independent (Student's t).")
     return notes
 
 
@@ -311,7 +333,7 @@ def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
     panel.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     panel.set_xlabel("text length (tokens)")
     panel.set_ylabel("depth of the facts (0: earliest, 1: latest)")
-    panel.set_title(f"{task}: accuracy, true memory, {lines[0]['num_samples']} samples a cell", fontsize=10)
+    panel.set_title(f"{task}: accuracy, true memory, {num_samples(lines)} samples a cell", fontsize=10)
 
 
 def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
@@ -351,7 +373,7 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
     if ends:
         mark_end(panel, min(distinct(ends, "length")), "does not fit", "black")
     panel.set_ylabel("accuracy (95 % interval)")
-    panel.set_title(f"{task}: {lines[0]['num_samples']} samples a length", fontsize=10)
+    panel.set_title(f"{task}: {num_samples(lines)} samples a length", fontsize=10)
     panel.grid(alpha=0.3)
     panel.legend(title="memory")
 

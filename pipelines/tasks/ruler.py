@@ -66,7 +66,7 @@ NUM_WORDS = len(_SYLLABLES) ** 4
 
 def niah_single(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """`niah_single_1`."""
-    hay = scene._replace(background=repeated(scene.encode(HAY)))
+    hay = scene._replace(background=_hay(scene))
     key, value = word(int(generator.integers(NUM_WORDS))), str(generator.integers(10**6, 10**7))
     return _needle(hay, wanted, "number", (key, value), generator)
 
@@ -144,24 +144,33 @@ def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator)
     """`fwe`: the n-th word comes with a frequency of about 1 / n^2; no two of the four highest counts are equal."""
     names = [word(int(code)) for code in generator.choice(NUM_WORDS, _CODED, replace=False)]
     words = [scene.encode(f" {name}") for name in names]
-    longest = max(len(one) for one in words)
-    rest = len(scene.encode(FWE_QUESTION)) + (FREQUENT + 1) * longest
-    num = (wanted.length - rest) // longest
+    lengths = np.array([len(one) for one in words])
+    rest = len(scene.encode(FWE_QUESTION)) + (FREQUENT + 1) * int(lengths.max())
+    room = wanted.length - rest
+    num = int(round(room / float(_weights() @ lengths), 6))
     if num < _LEAST_CODED:
-        raise TooShortError(rest + _LEAST_CODED * longest)
+        raise TooShortError(rest + _LEAST_CODED * int(lengths.max()))
     counts = _distinct_counts(num, generator)
+    while (size := int(counts.sum(0) @ lengths)) > room:  # with longer words than on average
+        num = num * room // size - 1
+        counts = _distinct_counts(num, generator)
     found = [names[i] for i in np.argsort(-counts.sum(0))[:FREQUENT]]
     hay = scene._replace(background=_coded(words, counts, scene.encode(".")))
     asked = ask(scene, FWE_QUESTION, " " + " ".join(found), float(_CODED) ** FREQUENT)
     return _matched(compose(hay, wanted, [], [asked], generator), found, NEW_TOKENS["fwe"])
 
 
+def _weights() -> np.ndarray:
+    """How frequent each word is, (words,) float64 of sum 1."""
+    weights = np.arange(1.0, _CODED + 1) ** -ZETA
+    return weights / weights.sum()
+
+
 def _distinct_counts(num: int, generator: np.random.Generator) -> np.ndarray:
     """How often each of the words comes in each stretch of a text of `num` words, (stretches, words) int64."""
-    weights = np.arange(1.0, _CODED + 1) ** -ZETA
     stretches = np.diff([*range(0, num, _STRETCH), num])
     while True:
-        counts = generator.multinomial(stretches, weights / weights.sum())
+        counts = generator.multinomial(stretches, _weights())
         if len(set(np.sort(counts.sum(0))[-FREQUENT - 1 :])) == FREQUENT + 1:
             return counts
 
@@ -190,6 +199,16 @@ def _lines(scene: Scene, lines: Callable[[np.random.Generator], Iterator[str]]) 
             return (scene.encode(line) for line in lines(np.random.default_rng(seed)))
 
         return partial(_filled, encoded, num, scene.encode("\n"))
+
+    return draw
+
+
+def _hay(scene: Scene) -> Background:
+    """The same sentences over and over, never cut."""
+    block, filler = scene.encode(HAY), scene.encode("\n")
+
+    def draw(num: int, generator: np.random.Generator) -> Stream:
+        return partial(_filled, partial(itertools.repeat, block), num, filler)
 
     return draw
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 
 import rmt_core
@@ -74,6 +75,8 @@ def _num_texts(figures: Sequence[Figure], length: int) -> int:
 
 def load(uri: str, device: str = "cpu") -> tuple[RecurrentModel, Tokenizer]:
     """A model and the tokenizer saved with it; InputError where they cannot be read or do not fit."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here; use --device cpu")
     if not storage.is_directory(uri):
         raise InputError(f"--model {uri}: there is no such directory; give one written by train or rmt_core.save")
     with storage.local_directory(uri) as directory:

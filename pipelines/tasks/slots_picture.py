@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Drawing
 
 from pipelines.tasks.curves import End, log_axis, name_ends, png, style
-from pipelines.tasks.questions import wilson_interval
+from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.report import titled
 from pipelines.tasks.slots import ReadOut, Trace
 

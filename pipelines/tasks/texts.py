@@ -135,6 +135,14 @@ def _sentence_start(tokens: np.ndarray, ends: Sequence[int]) -> int:
     return int(found[-1]) + 1 if len(found) else len(tokens)
 
 
+def cut(blocks: Iterable[np.ndarray], num: int) -> Iterator[np.ndarray]:
+    """The first `num` tokens, or all where there are fewer."""
+    for block in blocks:
+        if num:
+            yield block[:num]
+        num -= min(num, len(block))
+
+
 def in_blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """The same tokens in blocks of `size`, the last one shorter where they do not divide."""
     kept: list[np.ndarray] = []

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import compare, storage
 from pipelines.tasks import comparison, comparison_plot, curves
-from pipelines.tasks.comparison_table import t_interval
+from pipelines.tasks.intervals import t_interval
 from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject
 
 ASKED = {"tokenizer": "bytes", "background": "noise", "num_samples": 16, "depths": [], "seed": 0, "seeds": 1}
@@ -177,6 +177,15 @@ def test_no_two_of_many_curves_look_alike() -> None:
     assert len({one["marker"] for one in looks[:11]}) == 11
 
 
+def test_a_place_0_is_left_of_the_others_on_a_logarithmic_axis() -> None:
+    _, [panel] = curves.grid(1, (4, 3))
+    panel.plot([0, 256, 512], [0, 1, 2])
+    curves.log_axis(panel, [0, 256, 512], ["0", "256", "512"], "state")
+    at = [panel.transData.transform((place, 0))[0] for place in (0, 256, 512)]
+    inside = panel.get_window_extent()
+    assert inside.x0 < at[0] < at[1] < at[2] < inside.x1
+
+
 def test_names_of_curves_are_kept_apart_and_beside_the_panel() -> None:
     assert curves.spread([0.1, 0.5], 0.1) == pytest.approx([0.1, 0.5])
     assert curves.spread([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
@@ -220,6 +229,16 @@ def test_where_nothing_fits_there_is_nothing_to_compare(tmp_path: Path, capsys: 
     assert "no text fits" in capsys.readouterr().err
 
 
+def test_a_model_that_diverged_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [evaluation(tmp_path / str(i), answers({24: value})) for i, value in enumerate((0.5, 0.75, 0.25, 0.5))]
+    line = json.loads((tmp_path / "0" / METRICS).read_text().splitlines()[0])
+    (tmp_path / "0" / METRICS).write_text(json.dumps({**line, "value": None}) + "\n")
+    groups = [f"a={models[0]},{models[1]}", f"b={models[2]},{models[3]}"]
+    found = run(["--results", *groups, "--metric", "loss", "--output", str(tmp_path / "out")], capsys)
+    assert [one["mean"] for one in found["differences"]] == [None]
+    assert row(found, "perplexity: loss, memory a", "24")[1:3] == ["nan", "3.0000"]
+
+
 @pytest.mark.parametrize(
     ("results", "says"),
     [
@@ -231,6 +250,7 @@ def test_where_nothing_fits_there_is_nothing_to_compare(tmp_path: Path, capsys: 
         (["a={root}/one,{root}/more"], "num_samples is 16 in {name}/one and 8 in {name}/more"),
         (["{root}/no"], "has no accuracy; it has loss"),
         (["{root}/one", "--metric", "accuracy_at_depth"], "heat map"),
+        (["{root}/damaged"], "damaged evaluation"),
         (["{root}/one", "{root}/long", "--metric", "loss_by_segment"], "segments of 24 and 48 tokens"),
     ],
 )
@@ -241,11 +261,20 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     evaluation(tmp_path / "more", answers({1024: 1.0}), {"num_samples": 8})
     evaluation(tmp_path / "no", [])
     evaluation(tmp_path / "long", losses(96, [1.0, 2.0]), segment_len=48)
+    evaluation(tmp_path / "damaged", [])
+    (tmp_path / "damaged" / METRICS).write_text('{"task": ')
     words = [word.format(root=tmp_path) for word in results]
     assert compare.main(["--results", *words, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says.format(name=tmp_path.name) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = evaluation(tmp_path / "one", answers({1024: 1.0}))
+    assert compare.main(["--results", one, "--output", one]) == 2
+    assert "holds a finished run of another command" in capsys.readouterr().err
+    assert len(list((tmp_path / "one").iterdir())) == 2
 
 
 def test_facts_held_are_the_most_that_are_right_at_95_percent(
@@ -255,6 +284,7 @@ def test_facts_held_are_the_most_that_are_right_at_95_percent(
         lines = [line for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
         return evaluation(tmp_path / name, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
 
+    nothing = model("d", {1: 0.0}, 0)
     small = [model("a", {1: 1.0, 2: 0.96, 4: 0.94}, 256), model("b", {1: 0.5, 2: 0.5}, 256)]
     large = model("c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, 512)
     found = run(["--results", *small, large, "--output", str(tmp_path / "out")], capsys)
@@ -262,6 +292,8 @@ def test_facts_held_are_the_most_that_are_right_at_95_percent(
     assert "| rmt | 256 | 2, 0 (mean 1.0000) |" in lines
     assert "| rmt | 512 | 4 (mean 4.0000) |" in lines
     assert Path(found["capacity_plot"]).read_bytes().startswith(b"\x89PNG")
+    with_none = run(["--results", nothing, *small, "--output", str(tmp_path / "none")], capsys)
+    assert "| rmt | 0 | 0 (mean 0.0000) |" in Path(with_none["capacity_table"]).read_text()
     named = run(["--results", "all=" + ",".join([*small, large]), "--output", str(tmp_path / "out")], capsys)
     assert "| all | 512 | 4 (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
     plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))

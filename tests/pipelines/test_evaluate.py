@@ -21,7 +21,7 @@ from pipelines.tasks import TASKS, report
 from pipelines.tasks.base import MEMORIES, Figure, Material
 from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
-from pipelines.tasks.questions import wilson_interval
+from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.report import Subject
 from pipelines.tasks.running import Run, check_compiler, load
 from tests.rmt_core.tiny import RMT, tiny_model

@@ -59,6 +59,23 @@ def test_the_attention_is_that_of_the_segment_that_asks_after_all_before_it(mode
     assert (tmp_path / "long" / "attention.md").read_text().splitlines() != rows
 
 
+@pytest.mark.parametrize("length", [97, 98, 100])
+def test_the_attention_is_that_before_the_answer(length: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text's last token is the answer, with a segment of its own in 97 tokens and with the question in 98."""
+    seen = []
+
+    def maps(model: Any, tokens: Any, state: Any) -> Any:
+        seen.append(tokens.tolist())
+        return attention_maps(model, tokens, state)
+
+    attention_maps = rmt_core.attention_maps
+    monkeypatch.setattr(rmt_core, "attention_maps", maps)
+    output = models.parent / f"before-{length}"
+    assert pictures.main(words(models, "rmt", output, "--pictures", "attention", "--length", str(length))) == 0
+    assert [len(tokens) for tokens in seen] == [(length - 2) % 16 + 1]
+    assert bytes(seen[0]).endswith(b"?")
+
+
 @pytest.mark.parametrize(
     ("memory", "more", "says"),
     [

@@ -69,6 +69,30 @@ def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: P
     assert sample.answers[0].at == len(PROMPTS[form])
 
 
+@pytest.mark.parametrize(
+    ("question", "target", "written", "strict"),
+    [
+        ("Is Mary in the office? ", "no", "No, she is not", 1),
+        ("Is Mary in the office? ", "no", "yes or no", 0),
+        ("Is Bill in the kitchen? ", "maybe", "Maybe", 1),
+        ("How many objects is Mary carrying? ", "two", "two", 1),
+        ("How many objects is Mary carrying? ", "two", "one or two", 0),
+        ("What is Mary carrying? ", "apple,football", "The football and the apple", 1),
+        ("What is Mary carrying? ", "apple,football", "the apple", 0),
+        ("What is Mary carrying? ", "apple,football", "apple, football, milk", 0),
+        ("What is Mary carrying? ", "nothing", "nothing", 1),
+        ("What is Mary carrying? ", "milk", "milk or nothing", 0),
+        ("What did Fred give to Bill? ", "milk", "milk, says Jeff", 0),
+    ],
+)
+def test_babilongs_strict_mark_is_by_the_labels_of_the_task(
+    question: str, target: str, written: str, strict: int, tmp_path: Path
+) -> None:
+    row = {"input": "Long ago.", "question": question, "target": target}
+    [found] = question_files.read(write(tmp_path / "rows.jsonl", row))
+    assert {scorer.metric: scorer.mark(written) for scorer in found.scorers}["strict"] == strict
+
+
 QA = "Answer the question based on the given documents. Only give me the answer.\n\nQuestion: Where?"
 
 
@@ -99,6 +123,7 @@ def test_rulers_tasks_are_told_by_their_prompts(
         ("narrativeqa", ["a cat"], "a cat sat", {"f1": 2 / 3, "exact_match": 0}, 128),
         ("multifieldqa_zh", ["北京市"], "北京。", {"f1": 4 / 5, "exact_match": 0}, 64),
         ("gov_report", ["one two three four"], "one three\nfour five", {"rouge_l": 3 / 4}, 512),
+        ("samsum", ["one two three four"], "one three\nfour five", {"rouge_l": 2 / 3}, 128),
         ("vcsum", ["北京市"], "北市", {"rouge_l": 4 / 5}, 512),
         ("trec_e", ["animal"], "animal or city", {"classification": 1 / 2}, 64),
         ("trec", ["city name"], "city name\nanimal", {"classification": 1}, 64),
@@ -160,6 +185,10 @@ def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_pat
         (["{"], ["line 1 is no JSON"]),
         (["3"], ["row 1 is no JSON object"]),
         (["[{}, "], ["no JSON array"]),
+        ([{**ROWS["ruler"], "outputs": []}], ["row 1", "its outputs are []", "no list of one text or more"]),
+        ([{**ROWS["ruler"], "outputs": "12"}], ["row 1", 'its outputs are "12"']),
+        ([{**ROWS["longbench"], "answers": "cat"}], ["row 1", 'its answers are "cat"']),
+        ([ROWS["scrolls"], {**ROWS["scrolls"], "id": "2", "output": ""}], ["row 2", "empty answer"]),
         ([{**ROWS["scrolls"], "output": None}], ["row 1", "output is null", "another split"]),
         ([{"text": "a"}], ["fields text", "BABILong", "SCROLLS"]),
         ([ROWS["babilong"], {"input": "a"}], ["row 2", "no row of BABILong", "question"]),

@@ -90,7 +90,7 @@ def test_a_body_that_makes_no_sense_is_refused(server: Running, name: str) -> No
         {"temperature": "hot"},
         {"top_p": 0},
         {"top_p": 1.1},
-        {"seed": -1},
+        {"seed": -(2**63) - 1},
         {"seed": 2**63},
         {"stop": ""},
         {"stop": [""]},

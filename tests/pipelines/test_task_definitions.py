@@ -213,6 +213,37 @@ def test_a_needle_is_told_once_among_others(make: Maker, seed: int) -> None:
     assert (len(told) > 20) == (make is not ruler.niah_single)
 
 
+@pytest.mark.parametrize("depth", [0, 0.25, 0.5, 1])
+@pytest.mark.parametrize("make", [ruler.niah_single, ruler.niah_multikey("number")])
+def test_a_needle_stands_whole_at_its_depth(make: Maker, depth: float) -> None:
+    length = 5000
+    text, [answer] = read(draw(make, length, depth=depth))
+    at = text.index(f" is: {answer.strip()}.\n")
+    question = length - text.index("\nWhat is the special magic")
+    latest = (length - question) // SEGMENT_LEN * SEGMENT_LEN
+    assert abs(at - depth * latest) < 300  # a line of the haystack, the needle, a segment
+    if make is ruler.niah_single:
+        lines = text.partition("\nWhat is the special magic")[0].splitlines()
+        assert {line for line in lines if " is: " not in line} <= {needle.HAY.strip(), ""}
+
+
+def test_frequent_words_fill_the_text_whatever_their_length_in_tokens() -> None:
+    """A tokenizer that gives words of one and of eight tokens."""
+
+    class Uneven:
+        def encode(self, text: str) -> np.ndarray:
+            words = re.findall(r" ?\w+|\W", text)
+            sizes = [1 if len(word) % 2 == 0 or word[-1] in "ae" else 8 for word in words]
+            return np.repeat([len(word) for word in words], sizes) if words else np.zeros(0)
+
+    sample = ruler.frequent_words(Scene(Uneven(), texts.noise(BYTES)), Wanted(20_000, 64), np.random.default_rng(0))
+    tokens = texts.whole(sample.stream)
+    filler = int(Uneven().encode(".")[0])
+    trailing = np.flatnonzero(tokens[:-200] != filler)[-1]
+    assert len(tokens) == 20_000
+    assert len(tokens) - 200 - trailing < 1000
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_variables_that_got_the_value_are_named(seed: int) -> None:
     text, [answer] = read(draw(ruler.variable_tracking, 2000, seed))

@@ -19,8 +19,9 @@ from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import TASKS, base, texts
 from pipelines.tasks.base import MEMORIES, Figure, Material, batch_sizes
 from pipelines.tasks.held_out import TextHeldOut
+from pipelines.tasks.intervals import ratio_interval, t_interval, wilson_interval
 from pipelines.tasks.perplexity import batch_losses
-from pipelines.tasks.questions import Marks, batch_marks, wilson_interval
+from pipelines.tasks.questions import Marks, batch_marks
 from pipelines.tasks.samples import Answer, Sample, Scorer
 from rmt_core import RecurrentModel
 from tests.rmt_core.tiny import MEMORIES as TINY_MEMORIES
@@ -119,6 +120,31 @@ def test_perplexity_counts_every_predicted_token(length: int) -> None:
     assert whole.value == pytest.approx(mean, abs=1e-12)
     bits = select(figures, "bits_per_byte", "true")[0]
     assert bits.value == pytest.approx(whole.value / math.log(2), abs=1e-12)  # a byte tokenizer: one byte a token
+
+
+def test_the_intervals_of_losses_are_those_of_their_rows() -> None:
+    figures = TASKS["perplexity"].measure(byte_model(), 40, material(held_out=text(200)))
+    texts = text(200).tokens.reshape(5, 40)
+    losses = batch_losses(byte_model(), texts, ["true"])["true"]
+    whole = select(figures, "loss", "true")[0]
+    assert (whole.value, whole.low, whole.high) == pytest.approx(t_interval((losses.sum(1) / 39).tolist()), abs=1e-12)
+    last = select(figures, "loss_by_segment", "true")[-1]
+    assert (last.value, last.low, last.high) == pytest.approx(t_interval((losses[:, -1] / 7).tolist()), abs=1e-12)
+    assert {figure.num_samples for figure in figures} == {5}
+    alone = TASKS["perplexity"].measure(byte_model(), 150, material())[0]
+    assert (alone.low, alone.high, alone.num_samples) == (None, None, 1)
+
+
+def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        sizes = generator.uniform(1, 5, size=20)
+        _, low, high = ratio_interval(2 * sizes + generator.normal(size=20) * sizes, sizes)
+        assert low is not None
+        assert high is not None
+        covered += low < 2 < high
+    assert 0.91 < covered / 2000 < 0.97
 
 
 def test_a_single_row_is_measured_without_shuffling() -> None:
