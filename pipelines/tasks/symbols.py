@@ -87,7 +87,7 @@ def sorting(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sam
     """
     letters = _letters(scene, NUM_SORTED)
     if len({len(letter) for letter in letters}) > 1:
-        raise ValueError("sorting needs a tokenizer that gives every capital letter the same number of tokens")
+        raise ValueError("every capital letter must have the same number of tokens; use another tokenizer")
     width = len(letters[0])
     question = scene.encode("\nsorted: ")
     num = (wanted.length - len(question)) // width - NUM_SORTED

@@ -118,7 +118,14 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
         "results.md",
         "results.png",
     ]
-    assert json.loads((output / "config.json").read_text())["config"]["lengths"] == [64, 100]
+    config = json.loads((output / "config.json").read_text())
+    assert config["config"]["lengths"] == [64, 100]
+    table = (output / "results.md").read_text()
+    told = ["--task perplexity,recall", "--lengths 64,100", f"--data {prose}", "--seed 7", "--output DIR"]
+    assert all(word in table.splitlines()[-1] for word in told)
+    assert config["made_by"]["torch"] == torch.__version__
+    if (Path(__file__).resolve().parents[2] / ".git").exists():
+        assert f"commit {config['made_by']['commit']}" in table
     assert matplotlib.image.imread(output / "results.png").shape[1] > 1000
     times = [path.stat().st_mtime_ns for path in output.iterdir()]
     again = run(*words)
@@ -195,6 +202,13 @@ def test_models_are_read_from_s3_and_results_written_there(
     assert "nothing to do" in "\n".join(run(*words).err)
     with pytest.raises(InputError, match="nothing: there is no such directory"):
         load(f"{s3_bucket}/models/nothing")
+
+
+def test_tasks_that_do_not_read_a_setting_are_named(
+    local_ray: None, run: Callable[..., Command], model: Path, tmp_path: Path
+) -> None:
+    words = ["--model", model, "--task", "recall,capacity_1", "--depths", "0,1", "--lengths", 128, "--num-samples", 2]
+    assert "--depths is not read by capacity_1" in "\n".join(run(*words, "--output", tmp_path / "out").err)
 
 
 @pytest.mark.parametrize(
@@ -425,11 +439,12 @@ def test_depths_have_a_table_and_a_heat_map() -> None:
     lines = [accuracy(length, memory, 0.5) for length in (64, 128) for memory in MEMORIES]
     for length in (64, 128):
         for depth in (0.0, 0.5, 1.0):
-            figure = Figure("accuracy_at_depth", depth, "true", depth=depth, num_samples=4, low=0, high=1)
+            num = 5 if depth == 0 else 4
+            figure = Figure("accuracy_at_depth", depth, "true", depth=depth, num_samples=num, low=0, high=1)
             lines.append(line("recall", length, figure))
     written = report.markdown(SUBJECT, lines)
-    assert "| tokens | depth 0 | depth 0.5 | depth 1 |" in written
-    assert "| 128 | 0.0000 [0, 1] | 0.5000 [0, 1] | 1.0000 [0, 1] |" in written
+    assert "| tokens | samples a depth | depth 0 | depth 0.5 | depth 1 |" in written
+    assert "| 128 | 4 to 5 | 0.0000 [0, 1] | 0.5000 [0, 1] | 1.0000 [0, 1] |" in written
     image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * 2)
 

@@ -137,6 +137,10 @@ def test_tasks_in_files_run_offline(model: RecurrentModel, tmp_path: Path, capsy
     assert ("mine_writing", "exact_match") in found
     assert harness.main(words) == 0  # measured already
     assert json.loads(capsys.readouterr().out)["metrics"] == json.loads(printed)["metrics"]
+    with (tmp_path / "tasks" / "mine_choice.yaml").open("a") as file:
+        file.write("# other questions\n")
+    assert harness.main(words) == 2
+    assert "holds something else" in capsys.readouterr().err
 
 
 @needs_harness

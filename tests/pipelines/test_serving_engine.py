@@ -409,7 +409,7 @@ def test_stop_tokens_and_strings_end_a_row_and_no_other() -> None:
         (Request([VOCAB], 1), "a token is not one of the model's, 0 to 22"),
         (Request([-1], 1), "a token is not one of the model's"),
         (Request([1], -1), "max_new_tokens is -1; it must be 0 or more"),
-        (Request([1], 1, seed=2**63), "seed is 9223372036854775808; it must be from -2^63"),
+        (Request([1], 1, seed=2**63), r"seed is 9223372036854775808; it must be from -2\^63 to 2\^63 - 1"),
         (Request([1], 1, stop_strings=[""]), "a stop string is empty"),
         (Request([1], 1, stop_strings=["a"]), "stop strings need a tokenizer"),
     ],

@@ -147,6 +147,26 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says() -> None:
     assert 0.91 < covered / 2000 < 0.97
 
 
+def test_questions_of_other_lengths_are_other_ones_and_the_same_again() -> None:
+    task = TASKS["detect"]
+    drawn = [
+        [int(task._sample(i, length, 16, material()).answers[0].tokens[0]) for i in range(20)]
+        for length in (64, 64, 80)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_a_tokenizer_does_not_allow_is_one_line() -> None:
+    class Uneven:
+        def encode(self, text: str) -> np.ndarray:
+            return np.concatenate([np.full(1 + (letter == "C"), ord(letter)) for letter in text] or [np.zeros(0)])
+
+    with pytest.raises(InputError, match="sorting: every capital letter must have the same number"):
+        TASKS["sorting"].check(256, 16, material(tokenizer=Uneven(), background="noise"))
+    with pytest.raises(InputError, match="prose needs a text of at least one token"):
+        TASKS["recall"].check(256, 16, material(held_out=text(0)))
+
+
 def test_a_single_row_is_measured_without_shuffling() -> None:
     figures = TASKS["perplexity"].measure(byte_model(), 150, material())
     assert {figure.memory for figure in figures} == {"true", "zeroed"}
