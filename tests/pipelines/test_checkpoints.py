@@ -21,9 +21,11 @@ from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.worker import Found, Run, set_up, start_run
 
 STAGES, MIDDLE, STEPS = (0, 1, 2, 3), 2, 4
+FLOAT32 = {f"zero{stage}": (stage, "float32") for stage in STAGES}
+WAYS = FLOAT32 | {"zero3bf16": (3, "bfloat16")}
 
 
-def settings(zero_stage: int, **changes: Any) -> TrainConfig:
+def settings(zero_stage: int, precision: str = "float32", **changes: Any) -> TrainConfig:
     return build(
         TrainConfig,
         {
@@ -37,7 +39,7 @@ def settings(zero_stage: int, **changes: Any) -> TrainConfig:
                 "task_fraction": 0.5,
                 "tasks": ["recall", {"task": "detect", "background": "noise", "weight": 2}],
             },
-            "workers": {"num_workers": 2, "zero_stage": zero_stage},
+            "workers": {"num_workers": 2, "zero_stage": zero_stage, "precision": precision},
         }
         | changes,
     )
@@ -54,16 +56,16 @@ def worker(rank: int, world_size: int, port: int, root: str, others: tuple[int, 
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))  # as Ray Train sets them
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    for stage in STAGES:
-        config = settings(stage)
-        folder = Path(root) / f"zero{stage}"
+    for way in WAYS:
+        config = settings(*WAYS[way])
+        folder = Path(root) / way
         run = run_of(config, None)
         for step in range(STEPS):
             if step == MIDDLE:
                 run.write(folder / f"middle{world_size}")
             run.advance()
         run.write(folder / f"whole{world_size}")
-        for other in others:
+        for other in others if way in FLOAT32 else {world_size} & set(others):
             rest = run_of(config, folder / f"middle{other}")
             assert rest.step == MIDDLE
             for _ in range(STEPS - MIDDLE):
@@ -74,7 +76,7 @@ def worker(rank: int, world_size: int, port: int, root: str, others: tuple[int, 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every stage: runs of one and of two workers, and what became of their middles with one and with two."""
+    """Of every way: runs of one and of two workers, and what became of their middles with one and with two."""
     root = tmp_path_factory.mktemp("runs")
     for world_size, others in ((2, (2,)), (1, (1, 2)), (2, (1,))):
         with socket.socket() as free:
@@ -129,21 +131,21 @@ def check_same_to_the_bit(rest: Path, whole: Path, middle: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_the_same_number_of_workers_goes_on_to_the_bit(runs: Path, stage: int, num_workers: int) -> None:
-    folder = runs / f"zero{stage}"
+def test_the_same_number_of_workers_goes_on_to_the_bit(runs: Path, way: str, num_workers: int) -> None:
+    folder = runs / way
     rest, whole = folder / f"rest{num_workers}on{num_workers}", folder / f"whole{num_workers}"
     check_same_to_the_bit(rest, whole, folder / f"middle{num_workers}")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("way", FLOAT32)
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_workers_goes_on_the_same_way(runs: Path, stage: int, before: int, after: int) -> None:
+def test_another_number_of_workers_goes_on_the_same_way(runs: Path, way: str, before: int, after: int) -> None:
     """The same rows summed in another order: roundings of float32, which AdamW's division by the root of the second
     moment makes 1e-8 (measured) after two steps. A moment, step counter or weight decay lost would show as 4e-5."""
-    folder = runs / f"zero{stage}"
+    folder = runs / way
     rest, whole, middle = folder / f"rest{before}on{after}", folder / f"whole{before}", folder / f"middle{before}"
     moved = 0.0
     for name, tensor in weights(whole).items():
