@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,6 +42,9 @@ from pipelines.training.tracking import Tracker, start_trackers
 from pipelines.training.weights import fresh_model, load_trained
 
 PreparedT = TypeVar("PreparedT")
+
+_PATIENCE = timedelta(hours=24)  # of workers that wait for one that downloads or converts
+_FULL_BYTES = 16 * 1024**2  # with less room than this left, a write that failed has failed for it
 
 
 class Setup(NamedTuple):
@@ -89,6 +93,7 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
 
     A fault ends the run: Ray would start workers that fail again and again.
     """
+    patient = _patient()
     prepared: PreparedT | None = None
     fault: str | None = None
     try:
@@ -96,13 +101,22 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
     except (InputError, storage.RefusedError, storage.DamagedError) as error:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+    dist.all_gather_object(faults, fault, group=patient)
     found = next((fault for fault in faults if fault is not None), None)
     if found is None:
         return prepared
     if dist.get_rank() == 0:
         ray.get(monitor.refuse.remote(found))
     return None
+
+
+def _patient() -> Any:
+    """All workers as a group that waits long, to be made before what may take so; every worker calls it.
+
+    A worker that is lost meanwhile is noticed at once, as its connections break. The group of the steps gives up after
+    minutes, so that devices that hang are noticed too.
+    """
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _bring(config: TrainConfig, stack: contextlib.ExitStack) -> TrainConfig:
@@ -334,10 +348,11 @@ class Run:
         """Go on from a checkpoint, whoever wrote it; every worker calls it."""
         if checkpoints.needs_conversion(progress, self.world_size):
             is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, as Ray Train says
+            patient = _patient()
             converted = checkpoints.convert(folder) if is_first else checkpoints.universal_directory(folder)
-            dist.barrier()
+            dist.barrier(group=patient)
             engines.load_universal(self.engine, converted.parent, converted.name, load_trained)
-            dist.barrier()
+            dist.barrier(group=patient)
             if is_first:
                 shutil.rmtree(converted, ignore_errors=True)
         else:
