@@ -4,6 +4,8 @@ Axes: R rows of a worker.
 """
 
 import contextlib
+import errno
+import math
 import os
 import shutil
 import tempfile
@@ -34,8 +36,8 @@ from pipelines.training.identity import Identity, check_same, identity_of
 from pipelines.training.instruments import Instruments
 from pipelines.training.probe import Texts, probe_texts
 from pipelines.training.reading import make_lanes, open_store
-from pipelines.training.records import Journal, Sums
-from pipelines.training.run_directory import CONFIG
+from pipelines.training.records import Journal, Metrics, Sums, finite
+from pipelines.training.run_directory import CONFIG, remove_unfinished
 from pipelines.training.settings import TrainConfig, learning_rate, model_config, next_stage, num_segments_at
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.tracking import Tracker, start_trackers
@@ -247,14 +249,21 @@ class Run:
             monitor.note.remote(f"training with {workers} from step {self.step}")
         bell = Bell(lambda: bool(ray.get(monitor.is_stopping.remote())))
         began, saved = time.monotonic(), self.step if self.step else -1
-        metrics: dict[str, Any] = {}
+        metrics: Metrics = {}
+        has_diverged = False
         while self.step < config.num_steps:
             stop, look = self.advance(bell.wishes() if self.rank == 0 else SILENT)
             answer_loss = None
             if self.step % every.log_every == 0 or self.step == config.num_steps:
                 now = time.monotonic()
-                metrics = self._metrics(now - began)
-                began = now
+                figures = self._metrics(now - began)
+                metrics, began = finite(figures), now
+                if self.rank == 0 and not has_diverged and not _is_finite(figures.get("loss")):
+                    has_diverged = True
+                    monitor.note.remote(
+                        f"the loss is not a finite number at step {self.step}: the run has diverged and goes on to its "
+                        "end with null in metrics.jsonl; try a lower optimizer.learning_rate"
+                    )
                 if journal is not None:
                     journal.write(metrics)
                     for tracker in self.setup.trackers:
@@ -304,7 +313,7 @@ class Run:
         stage = next_stage(curriculum, self.stage, number // self.config.optimizer.accumulation_steps, None)
         return num_segments_at(curriculum, stage, number, self.config.seed)
 
-    def _metrics(self, elapsed_s: float) -> dict[str, Any]:
+    def _metrics(self, elapsed_s: float) -> Metrics:
         """What the next line of metrics says; every worker calls it."""
         sums = self.sums.metrics(elapsed_s)
         saved = {} if self.checkpoint_s is None else {"checkpoint_s": self.checkpoint_s}
@@ -321,7 +330,7 @@ class Run:
             "num_workers": self.world_size,
         }
 
-    def save(self, metrics: dict[str, Any]) -> None:
+    def save(self, metrics: Metrics) -> None:
         """A checkpoint of this step, handed to Ray, which stores it and counts it once all of it is there."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
@@ -371,3 +380,8 @@ class Run:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def _is_finite(loss: float | None) -> bool:
+    """None, where nothing was asked, is no sign of a run that diverged."""
+    return loss is None or math.isfinite(loss)
