@@ -51,7 +51,7 @@ from pipelines.training.monitor import Monitor
 from pipelines.training.plan import make_plan, tell
 from pipelines.training.probe import probe_texts
 from pipelines.training.reading import make_lanes, open_store
-from pipelines.training.room import check_room
+from pipelines.training.room import check_room, room_for
 from pipelines.training.run_directory import (
     CONFIG,
     FINISHED,
@@ -70,6 +70,7 @@ from pipelines.training.worker import train_worker
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
 
 _LINE_S = 10.0  # between progress lines where there is no terminal
+_WAITING_S, _WAITS_S = 60.0, 600.0  # until it is told that no worker has room yet, and between further times
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,9 +334,19 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
     bar = tqdm(total=config.num_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
     try:
         shown, num_notes = time.monotonic(), 0
+        tell_s = shown + _WAITING_S
         while thread.is_alive():
             thread.join(timeout=0.5)
-            metrics, notes = ray.get([monitor.latest.remote(), monitor.noted.remote()])
+            metrics, notes, has_begun = ray.get(
+                [monitor.latest.remote(), monitor.noted.remote(), monitor.has_begun.remote()]
+            )
+            if not has_begun and thread.is_alive():
+                if asked.is_set():
+                    log.info("stopped before any worker had started; the same command starts again")
+                    raise KeyboardInterrupt
+                if time.monotonic() > tell_s:
+                    tell_s = time.monotonic() + _WAITS_S
+                    log.info(_waiting(config))
             for line in notes[num_notes:]:
                 log.info(line)
             num_notes = len(notes)
@@ -351,6 +362,14 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
     return asked.is_set()
+
+
+def _waiting(config: TrainConfig) -> str:
+    """What the run waits for before its first worker has started."""
+    needs, least = _resources(config), config.workers.num_workers[0]
+    room = room_for(needs, ray.nodes(), ray.available_resources(), pool("train"))
+    each = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    return f"no worker has started yet: waiting for {least} of {each} each; the cluster has room for {room} now"
 
 
 def _nats(loss: float | None) -> str:

@@ -73,6 +73,7 @@ class Found(NamedTuple):
 def train_worker(settings: dict[str, Any], monitor: Any) -> None:
     """The function that Ray Train runs on each worker. `monitor` is told of progress and says when to stop."""
     config = build(TrainConfig, settings)
+    monitor.begin.remote()
     if not config.workers.use_gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
     with contextlib.ExitStack() as stack:
