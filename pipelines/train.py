@@ -234,7 +234,7 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
         try:
             _fit_until_stuck(config, monitor)
         except BaseException as error:  # carried over to the main thread
-            failure.append(_cause(error))
+            failure.append(_cause(error, config.output))
 
     thread = threading.Thread(target=fit, daemon=True)  # not the main thread: that one keeps the signals
     thread.start()
@@ -260,12 +260,21 @@ def _beside_driver() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Of a failed run the worker's own complaint, where it is about what the user gave or a store that failed."""
+def _cause(error: BaseException, output: str) -> BaseException:
+    """Of a failed run a worker's own complaint about what the user gave or a store that failed, or Ray's of a disk."""
     for failure in getattr(error, "worker_failures", {}).values():
         inner = getattr(failure, "cause", failure)
         if isinstance(inner, InputError | storage.StorageError):
             return inner
+    failure = getattr(error, "controller_failure", None)  # Ray's controller keeps the list of checkpoints
+    if isinstance(failure, OSError):
+        try:
+            with storage.disk_faults(output):
+                raise failure
+        except storage.StorageError as fault:
+            return fault
+        except OSError:
+            return error
     return error
 
 

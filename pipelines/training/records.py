@@ -151,7 +151,7 @@ class Journal:
         self.lines.append(_line(metrics))
         self._num_new += 1
         if not self.remote:
-            with open(self.uri, "a", encoding="utf-8") as file:
+            with storage.disk_faults(self.uri), open(self.uri, "a", encoding="utf-8") as file:
                 file.write(self.lines[-1] + "\n")
         elif time.monotonic() >= self._next_s:
             self._upload()

@@ -27,6 +27,7 @@ from pipelines.config import InputError, build
 from pipelines.data import lanes as data
 from pipelines.data.prefetch import Prefetched
 from pipelines.data.tokenise import Tokenizer
+from pipelines.stores.faults import shown
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
 from pipelines.training.backbones import apart, brought, with_backbone
@@ -335,10 +336,12 @@ class Run:
         """A checkpoint of this step, handed to Ray, which stores it and counts it once all of it is there."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
-            self.write(Path(name))
-            storage.seal(Path(name), part=checkpoints.part_name(self.rank))
+            with _writing(name):
+                self.write(Path(name))
+                storage.seal(Path(name), part=checkpoints.part_name(self.rank))
             reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
-            ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
+            with storage.disk_faults(self.config.output):
+                ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
         self.checkpoint_s = time.monotonic() - began
 
     def write(self, folder: Path) -> None:
@@ -377,6 +380,20 @@ class Run:
         else:
             checkpoints.set_random_states(part.random, self.engine.device)
         self.lanes.move([None if cursor is None else data.Cursor(*cursor) for cursor in part.cursors])
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Tells in one line that a local disk is full or refuses what is written there, whatever a library makes of it."""
+    with storage.disk_faults(folder):
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # torch and safetensors have exceptions of their own for a write that failed
+            if shutil.disk_usage(folder).free >= _FULL_BYTES:
+                raise
+            raise OSError(errno.ENOSPC, shown(error)) from error
 
 
 def _number(value: Any) -> float | None:
