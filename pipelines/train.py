@@ -58,6 +58,7 @@ from pipelines.training.run_directory import (
     earlier,
     has_backbone,
     last_progress,
+    mend_registry,
     publish,
     registered_checkpoints,
     remove_unfinished,
@@ -118,6 +119,7 @@ def _connected(config: TrainConfig) -> Iterator[None]:
 
 def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
     """The run of a directory that nobody else works on."""
+    mend_registry(config.output)
     remove_unfinished(config.output)
     storage.write_json(storage.join(config.output, CONFIG), config.model_dump(mode="json"))
     metrics = _fit(config)
@@ -287,6 +289,7 @@ def _fit_until_stuck(config: TrainConfig, monitor: Any) -> None:
         except TrainingFailedError as error:
             if registered_checkpoints(config.output)[-1:] == before[-1:]:
                 raise
+            mend_registry(config.output)
             reason = str(error).strip().splitlines()[-1]
             log.warning("workers failed (%s); going on from step %d", reason, last_progress(config.output).step)
         else:

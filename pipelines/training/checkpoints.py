@@ -108,10 +108,14 @@ def read_part(folder: Path, rank: int, world_size: int, numbers: Sequence[int], 
     return Part(memory, [cursors[str(number)] for number in numbers], sums, random)
 
 
+def seals(progress: Progress) -> list[str]:
+    """The files of checksums that a checkpoint has, one of each worker that wrote it."""
+    return [f"{part_name(rank)}.sha256" for rank in range(progress.num_workers)]
+
+
 def check_parts(folder: Path, where: str) -> None:
     """DamagedError, with `where` as the checkpoint's name, where checksums of a worker that wrote it are missing."""
-    parts = (f"{part_name(rank)}.sha256" for rank in range(read_progress(folder).num_workers))
-    if missing := [name for name in parts if not (folder / name).is_file()]:
+    if missing := [name for name in seals(read_progress(folder)) if not (folder / name).is_file()]:
         raise storage.DamagedError(incomplete(where, missing))
 
 

@@ -142,6 +142,7 @@ def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitSt
     _check_output(config.output)
     setup = set_up(at_hand)._replace(config=config)
     if dist.get_rank() == 0:
+        remove_unfinished(config.output, _newest())  # of a group of workers before this one, which has ended
         setup = setup._replace(trackers=start_trackers(config))
     folder = _checkpoint(config, stack)
     if folder is None:
@@ -149,6 +150,12 @@ def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitSt
     progress = checkpoints.read_progress(folder)
     check_same(progress.identity, setup.identity, "the checkpoint is of a run")
     return setup, Found(folder, progress)
+
+
+def _newest() -> str | None:
+    """The name of the run's last checkpoint, as Ray Train's controller knows it."""
+    checkpoint = ray.train.get_checkpoint()
+    return None if checkpoint is None else os.path.basename(checkpoint.path)
 
 
 def _check_output(output: str) -> None:
