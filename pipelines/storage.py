@@ -38,6 +38,7 @@ __all__ = [
     "check_sums",
     "create_json",
     "delete",
+    "disk_faults",
     "exists",
     "expand",
     "filesystem",

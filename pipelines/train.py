@@ -51,13 +51,14 @@ from pipelines.training.monitor import Monitor
 from pipelines.training.plan import make_plan, tell
 from pipelines.training.probe import probe_texts
 from pipelines.training.reading import make_lanes, open_store
-from pipelines.training.room import check_room
+from pipelines.training.room import check_room, room_for
 from pipelines.training.run_directory import (
     CONFIG,
     FINISHED,
     earlier,
     has_backbone,
     last_progress,
+    mend_registry,
     publish,
     registered_checkpoints,
     remove_unfinished,
@@ -70,6 +71,7 @@ from pipelines.training.worker import train_worker
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
 
 _LINE_S = 10.0  # between progress lines where there is no terminal
+_WAITING_S, _WAITS_S = 60.0, 600.0  # until it is told that no worker has room yet, and between further times
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +119,7 @@ def _connected(config: TrainConfig) -> Iterator[None]:
 
 def _run(config: TrainConfig, identity: Identity) -> dict[str, Any]:
     """The run of a directory that nobody else works on."""
+    mend_registry(config.output)
     remove_unfinished(config.output)
     storage.write_json(storage.join(config.output, CONFIG), config.model_dump(mode="json"))
     metrics = _fit(config)
@@ -233,7 +236,7 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
         try:
             _fit_until_stuck(config, monitor)
         except BaseException as error:  # carried over to the main thread
-            failure.append(_cause(error))
+            failure.append(_cause(error, config.output))
 
     thread = threading.Thread(target=fit, daemon=True)  # not the main thread: that one keeps the signals
     thread.start()
@@ -259,12 +262,21 @@ def _beside_driver() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Of a failed run the worker's own complaint, where it is about what the user gave or a store that failed."""
+def _cause(error: BaseException, output: str) -> BaseException:
+    """Of a failed run a worker's own complaint about what the user gave or a store that failed, or Ray's of a disk."""
     for failure in getattr(error, "worker_failures", {}).values():
         inner = getattr(failure, "cause", failure)
         if isinstance(inner, InputError | storage.StorageError):
             return inner
+    failure = getattr(error, "controller_failure", None)  # Ray's controller keeps the list of checkpoints
+    if isinstance(failure, OSError):
+        try:
+            with storage.disk_faults(output):
+                raise failure
+        except storage.StorageError as fault:
+            return fault
+        except OSError:
+            return error
     return error
 
 
@@ -277,6 +289,7 @@ def _fit_until_stuck(config: TrainConfig, monitor: Any) -> None:
         except TrainingFailedError as error:
             if registered_checkpoints(config.output)[-1:] == before[-1:]:
                 raise
+            mend_registry(config.output)
             reason = str(error).strip().splitlines()[-1]
             log.warning("workers failed (%s); going on from step %d", reason, last_progress(config.output).step)
         else:
@@ -333,9 +346,19 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
     bar = tqdm(total=config.num_steps, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
     try:
         shown, num_notes = time.monotonic(), 0
+        tell_s = shown + _WAITING_S
         while thread.is_alive():
             thread.join(timeout=0.5)
-            metrics, notes = ray.get([monitor.latest.remote(), monitor.noted.remote()])
+            metrics, notes, has_begun = ray.get(
+                [monitor.latest.remote(), monitor.noted.remote(), monitor.has_begun.remote()]
+            )
+            if not has_begun and thread.is_alive():
+                if asked.is_set():
+                    log.info("stopped before any worker had started; the same command starts again")
+                    raise KeyboardInterrupt
+                if time.monotonic() > tell_s:
+                    tell_s = time.monotonic() + _WAITS_S
+                    log.info(_waiting(config))
             for line in notes[num_notes:]:
                 log.info(line)
             num_notes = len(notes)
@@ -351,6 +374,14 @@ def _watch(thread: threading.Thread, monitor: Any, config: TrainConfig) -> bool:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
     return asked.is_set()
+
+
+def _waiting(config: TrainConfig) -> str:
+    """What the run waits for before its first worker has started."""
+    needs, least = _resources(config), config.workers.num_workers[0]
+    room = room_for(needs, ray.nodes(), ray.available_resources(), pool("train"))
+    each = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+    return f"no worker has started yet: waiting for {least} of {each} each; the cluster has room for {room} now"
 
 
 def _nats(loss: float | None) -> str:

@@ -11,6 +11,7 @@ Memory states and cursors belong to lanes and go with them wherever those are re
 for a number of workers; for another one, DeepSpeed's conversion to its universal checkpoint is run.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from rmt_core.state import State
 
 PROGRESS = "progress.json"
 ENGINE_TAG = "engine"
+_OLD_S = 24 * 3600.0  # after which nobody is writing or reading a converted checkpoint any more
 
 
 class Progress(NamedTuple):
@@ -105,10 +108,14 @@ def read_part(folder: Path, rank: int, world_size: int, numbers: Sequence[int], 
     return Part(memory, [cursors[str(number)] for number in numbers], sums, random)
 
 
+def seals(progress: Progress) -> list[str]:
+    """The files of checksums that a checkpoint has, one of each worker that wrote it."""
+    return [f"{part_name(rank)}.sha256" for rank in range(progress.num_workers)]
+
+
 def check_parts(folder: Path, where: str) -> None:
     """DamagedError, with `where` as the checkpoint's name, where checksums of a worker that wrote it are missing."""
-    parts = (f"{part_name(rank)}.sha256" for rank in range(read_progress(folder).num_workers))
-    if missing := [name for name in parts if not (folder / name).is_file()]:
+    if missing := [name for name in seals(read_progress(folder)) if not (folder / name).is_file()]:
         raise storage.DamagedError(incomplete(where, missing))
 
 
@@ -137,17 +144,20 @@ def convert(folder: Path) -> Path:
     """The engine's files of the checkpoint `folder` as DeepSpeed's universal checkpoint, on this machine's disk.
 
     The directory is this user's alone, as pickles are loaded from it; it is named by what is converted and appears
-    whole or not at all. One process of a machine converts; takes seconds, and as much disk as the checkpoint.
+    whole or not at all. One process of a machine converts; takes seconds a gigabyte, and as much disk as the
+    checkpoint. What kills have left of others is deleted when it is a day old.
     """
     source = folder / "deepspeed" / ENGINE_TAG
     target = universal_directory(folder)
     if target.exists():
         return target
+    _delete_old(target.parent)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     words = ["--input_folder", str(source), "--output_folder", str(part), "--inject_missing_state"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words]
-    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    num_cores = os.cpu_count() or 1  # merging takes the more memory
+    workers = ["--num_extract_workers", str(min(4, num_cores)), "--num_merge_workers", str(min(2, num_cores))]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run([*command, *workers], env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -160,6 +170,14 @@ def convert(folder: Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _delete_old(folder: Path) -> None:
+    """Deletes what has lain in a folder for a day."""
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another has deleted it
+            if time.time() - path.lstat().st_mtime > _OLD_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def universal_directory(folder: Path) -> Path:

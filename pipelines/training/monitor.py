@@ -10,7 +10,14 @@ class Monitor:
         self.metrics: dict[str, Any] = {}
         self.notes: list[str] = []
         self.fault: str | None = None
-        self.stopping = False
+        self.begun = self.stopping = False
+
+    def begin(self) -> None:
+        """Takes that a worker has started."""
+        self.begun = True
+
+    def has_begun(self) -> bool:
+        return self.begun
 
     def note(self, line: str) -> None:
         """Takes what happened, for the log."""

@@ -15,7 +15,7 @@ from pipelines.training.settings import TrainConfig, num_segments_at, stage_at
 
 log = logging.getLogger(__name__)
 
-_COUNTED_WINDOWS = 100_000  # more are taken at their mean
+_COUNTED_WINDOWS = 100_000  # that draw their size, one by one; more are taken at their mean
 
 
 def make_plan(
@@ -101,9 +101,9 @@ def _windows(config: TrainConfig) -> dict[int, float]:
     curriculum, count = config.curriculum, config.optimizer.accumulation_steps
     num_windows = config.num_steps * count
     found: dict[int, float] = defaultdict(float)
-    if num_windows > _COUNTED_WINDOWS and curriculum.vary:
+    if num_windows > _COUNTED_WINDOWS or not curriculum.vary:
         for longest, steps in zip(curriculum.num_segments, curriculum.steps, strict=True):
-            sizes = range(curriculum.least_segments, longest + 1)
+            sizes = range(curriculum.least_segments if curriculum.vary else longest, longest + 1)
             for num_segments in sizes:
                 found[num_segments] += steps * count / len(sizes)
         return found

@@ -1,5 +1,7 @@
 """What a run tells of itself: metrics.jsonl, TensorBoard, and the sums behind their figures.
 
+A figure that is no finite number, as of a run that diverged, is null in metrics.jsonl and left out of TensorBoard.
+
 Axes: R rows of a worker, K segments of a window, T tokens of a segment.
 """
 
@@ -87,6 +89,15 @@ class Sums:
         }
 
 
+def finite(value: Any) -> Any:
+    """JSON values with None for every number that is infinite or no number, which JSON has no name for."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
@@ -137,10 +148,10 @@ class Journal:
 
     def write(self, metrics: Metrics) -> None:
         """One line of metrics, which hold their `step`."""
-        self.lines.append(json.dumps(metrics))
+        self.lines.append(_line(metrics))
         self._num_new += 1
         if not self.remote:
-            with open(self.uri, "a", encoding="utf-8") as file:
+            with storage.disk_faults(self.uri), open(self.uri, "a", encoding="utf-8") as file:
                 file.write(self.lines[-1] + "\n")
         elif time.monotonic() >= self._next_s:
             self._upload()
@@ -163,13 +174,18 @@ class Journal:
             self._folder.cleanup()
 
 
+def _line(metrics: Metrics) -> str:
+    return json.dumps(finite(metrics), allow_nan=False)
+
+
 def _lines_until(uri: str, step: int) -> list[str]:
     """The lines of a metrics.jsonl up to a step; what a kill left half written is no line."""
     found, num_torn = [], 0
     for line in storage.read_bytes(uri).decode(errors="replace").splitlines() if storage.exists(uri) else []:
         try:
-            if json.loads(line)["step"] <= step:
-                found.append(line)
+            metrics = json.loads(line)
+            if metrics["step"] <= step:
+                found.append(_line(metrics))
         except (ValueError, KeyError, TypeError):
             num_torn += 1
     if num_torn:

@@ -1,6 +1,7 @@
-"""Whether a run's workers can ever start on the machine that it is alone on."""
+"""Whether a run's workers can ever start on the machine that it is alone on, and how many have room in a cluster."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipelines.config import InputError
 from pipelines.training.settings import WorkerSettings
@@ -20,3 +21,20 @@ def check_room(workers: WorkerSettings, there: Mapping[str, float]) -> None:
             f"workers.num_workers {least} x workers.cpus {workers.cpus:g} exceeds the {cores:g} cores of this machine; "
             f"set workers.cpus to at most {cores / least:g}, fewer workers, or RAY_ADDRESS to a cluster that has them"
         )
+
+
+def room_for(
+    needs: Mapping[str, float], nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], labels: Mapping[str, str]
+) -> int:
+    """How many workers that need so much have room, at most: by what nodes with these labels have and what is free.
+
+    `nodes` are as `ray.nodes()` tells them, `free` is summed over all.
+    """
+    there = [
+        node["Resources"] for node in nodes if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()
+    ]
+    return min(sum(_times(needs, resources) for resources in there), _times(needs, free))
+
+
+def _times(needs: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    return int(min(resources.get(name, 0.0) / amount for name, amount in needs.items()) + 1e-6)

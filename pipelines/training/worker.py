@@ -4,11 +4,14 @@ Axes: R rows of a worker.
 """
 
 import contextlib
+import errno
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +27,7 @@ from pipelines.config import InputError, build
 from pipelines.data import lanes as data
 from pipelines.data.prefetch import Prefetched
 from pipelines.data.tokenise import Tokenizer
+from pipelines.stores.faults import shown
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
 from pipelines.training.backbones import apart, brought, with_backbone
@@ -33,14 +37,17 @@ from pipelines.training.identity import Identity, check_same, identity_of
 from pipelines.training.instruments import Instruments
 from pipelines.training.probe import Texts, probe_texts
 from pipelines.training.reading import make_lanes, open_store
-from pipelines.training.records import Journal, Sums
-from pipelines.training.run_directory import CONFIG
+from pipelines.training.records import Journal, Metrics, Sums, finite
+from pipelines.training.run_directory import CONFIG, remove_unfinished
 from pipelines.training.settings import TrainConfig, learning_rate, model_config, next_stage, num_segments_at
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.tracking import Tracker, start_trackers
 from pipelines.training.weights import fresh_model, load_trained
 
 PreparedT = TypeVar("PreparedT")
+
+_PATIENCE = timedelta(hours=24)  # of workers that wait for one that downloads or converts
+_FULL_BYTES = 16 * 1024**2  # with less room than this left, a write that failed has failed for it
 
 
 class Setup(NamedTuple):
@@ -67,6 +74,7 @@ class Found(NamedTuple):
 def train_worker(settings: dict[str, Any], monitor: Any) -> None:
     """The function that Ray Train runs on each worker. `monitor` is told of progress and says when to stop."""
     config = build(TrainConfig, settings)
+    monitor.begin.remote()
     if not config.workers.use_gpu:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
     with contextlib.ExitStack() as stack:
@@ -89,6 +97,7 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
 
     A fault ends the run: Ray would start workers that fail again and again.
     """
+    patient = _patient()
     prepared: PreparedT | None = None
     fault: str | None = None
     try:
@@ -96,13 +105,22 @@ def _together(work: Callable[[], PreparedT], monitor: Any) -> PreparedT | None:
     except (InputError, storage.RefusedError, storage.DamagedError) as error:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+    dist.all_gather_object(faults, fault, group=patient)
     found = next((fault for fault in faults if fault is not None), None)
     if found is None:
         return prepared
     if dist.get_rank() == 0:
         ray.get(monitor.refuse.remote(found))
     return None
+
+
+def _patient() -> Any:
+    """All workers as a group that waits long, to be made before what may take so; every worker calls it.
+
+    A worker that is lost meanwhile is noticed at once, as its connections break. The group of the steps gives up after
+    minutes, so that devices that hang are noticed too.
+    """
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _bring(config: TrainConfig, stack: contextlib.ExitStack) -> TrainConfig:
@@ -124,6 +142,7 @@ def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitSt
     _check_output(config.output)
     setup = set_up(at_hand)._replace(config=config)
     if dist.get_rank() == 0:
+        remove_unfinished(config.output, _newest())  # of a group of workers before this one, which has ended
         setup = setup._replace(trackers=start_trackers(config))
     folder = _checkpoint(config, stack)
     if folder is None:
@@ -131,6 +150,12 @@ def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitSt
     progress = checkpoints.read_progress(folder)
     check_same(progress.identity, setup.identity, "the checkpoint is of a run")
     return setup, Found(folder, progress)
+
+
+def _newest() -> str | None:
+    """The name of the run's last checkpoint, as Ray Train's controller knows it."""
+    checkpoint = ray.train.get_checkpoint()
+    return None if checkpoint is None else os.path.basename(checkpoint.path)
 
 
 def _check_output(output: str) -> None:
@@ -233,14 +258,21 @@ class Run:
             monitor.note.remote(f"training with {workers} from step {self.step}")
         bell = Bell(lambda: bool(ray.get(monitor.is_stopping.remote())))
         began, saved = time.monotonic(), self.step if self.step else -1
-        metrics: dict[str, Any] = {}
+        metrics: Metrics = {}
+        has_diverged = False
         while self.step < config.num_steps:
             stop, look = self.advance(bell.wishes() if self.rank == 0 else SILENT)
             answer_loss = None
             if self.step % every.log_every == 0 or self.step == config.num_steps:
                 now = time.monotonic()
-                metrics = self._metrics(now - began)
-                began = now
+                figures = self._metrics(now - began)
+                metrics, began = finite(figures), now
+                if self.rank == 0 and not has_diverged and not _is_finite(figures.get("loss")):
+                    has_diverged = True
+                    monitor.note.remote(
+                        f"the loss is not a finite number at step {self.step}: the run has diverged and goes on to its "
+                        "end with null in metrics.jsonl; try a lower optimizer.learning_rate"
+                    )
                 if journal is not None:
                     journal.write(metrics)
                     for tracker in self.setup.trackers:
@@ -290,7 +322,7 @@ class Run:
         stage = next_stage(curriculum, self.stage, number // self.config.optimizer.accumulation_steps, None)
         return num_segments_at(curriculum, stage, number, self.config.seed)
 
-    def _metrics(self, elapsed_s: float) -> dict[str, Any]:
+    def _metrics(self, elapsed_s: float) -> Metrics:
         """What the next line of metrics says; every worker calls it."""
         sums = self.sums.metrics(elapsed_s)
         saved = {} if self.checkpoint_s is None else {"checkpoint_s": self.checkpoint_s}
@@ -307,14 +339,16 @@ class Run:
             "num_workers": self.world_size,
         }
 
-    def save(self, metrics: dict[str, Any]) -> None:
+    def save(self, metrics: Metrics) -> None:
         """A checkpoint of this step, handed to Ray, which stores it and counts it once all of it is there."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
-            self.write(Path(name))
-            storage.seal(Path(name), part=checkpoints.part_name(self.rank))
+            with _writing(name):
+                self.write(Path(name))
+                storage.seal(Path(name), part=checkpoints.part_name(self.rank))
             reported = {"step": self.step} | ({"loss": metrics["loss"]} if metrics.get("loss") is not None else {})
-            ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
+            with storage.disk_faults(self.config.output):
+                ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(name))
         self.checkpoint_s = time.monotonic() - began
 
     def write(self, folder: Path) -> None:
@@ -334,10 +368,11 @@ class Run:
         """Go on from a checkpoint, whoever wrote it; every worker calls it."""
         if checkpoints.needs_conversion(progress, self.world_size):
             is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, as Ray Train says
+            patient = _patient()
             converted = checkpoints.convert(folder) if is_first else checkpoints.universal_directory(folder)
-            dist.barrier()
+            dist.barrier(group=patient)
             engines.load_universal(self.engine, converted.parent, converted.name, load_trained)
-            dist.barrier()
+            dist.barrier(group=patient)
             if is_first:
                 shutil.rmtree(converted, ignore_errors=True)
         else:
@@ -354,5 +389,24 @@ class Run:
         self.lanes.move([None if cursor is None else data.Cursor(*cursor) for cursor in part.cursors])
 
 
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Tells in one line that a local disk is full or refuses what is written there, whatever a library makes of it."""
+    with storage.disk_faults(folder):
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # torch and safetensors have exceptions of their own for a write that failed
+            if shutil.disk_usage(folder).free >= _FULL_BYTES:
+                raise
+            raise OSError(errno.ENOSPC, shown(error)) from error
+
+
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def _is_finite(loss: float | None) -> bool:
+    """None, where nothing was asked, is no sign of a run that diverged."""
+    return loss is None or math.isfinite(loss)

@@ -3,7 +3,11 @@
 import json
 import os
 import socket
+import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from pipelines.training.checkpoints import Part, Progress
 from pipelines.training.identity import check_same, identity_of
 from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.worker import Found, Run, set_up, start_run
+from pipelines.training.worker import _together as together
 
 STAGES, MIDDLE, STEPS = (0, 1, 2, 3), 2, 4
 FLOAT32 = {f"zero{stage}": (stage, "float32") for stage in STAGES}
@@ -184,6 +189,51 @@ def test_parts_go_where_their_lanes_go(tmp_path: Path) -> None:
     (tmp_path / "worker_00001.safetensors").write_bytes(blob)
     with pytest.raises(InputError, match="worker_00001.safetensors: not a state"):
         checkpoints.read_part(tmp_path, 1, 2, [1, 3], progress)
+
+
+def test_what_kills_have_left_of_conversions_is_deleted_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(command: list[str], **given: Any) -> Any:
+        folder = Path(command[command.index("--output_folder") + 1])
+        folder.mkdir()
+        (folder / "converted").touch()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(checkpoints.subprocess, "run", convert)
+    mine = checkpoints.universal_directory(tmp_path / "checkpoint").parent
+    for name, age_s in (("old", 25 * 3600), (".old.part", 25 * 3600), ("young", 23 * 3600)):
+        (mine / name).mkdir()
+        (mine / name / "weights").touch()
+        os.utime(mine / name, (time.time() - age_s, time.time() - age_s))
+    converted = checkpoints.convert(tmp_path / "checkpoint")
+    assert sorted(path.name for path in mine.iterdir()) == sorted(["young", converted.name])
+    os.utime(converted, (0, 0))
+    assert checkpoints.convert(tmp_path / "checkpoint") == converted
+    assert (converted / "converted").exists()
+
+
+def slow_worker(rank: int, port: int) -> None:
+    """One of two, of which the first takes longer than steps may."""
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+
+    def prepare() -> str:
+        time.sleep(0 if rank else 4)
+        return "prepared"
+
+    assert together(prepare, None) == "prepared"
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_workers_wait_for_one_that_prepares_longer_than_for_a_step() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(slow_worker, args=(port,), nprocs=2)  # type: ignore[attr-defined]
 
 
 def test_what_changed_is_named() -> None:

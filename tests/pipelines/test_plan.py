@@ -1,6 +1,7 @@
 """`train --dry-run` tells what a run will be, and makes nothing."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from pipelines.data import lanes as data
 from pipelines.data.books import BookStore
 from pipelines.data.plan import Share
 from pipelines.data.tokenise import ByteTokenizer
+from pipelines.training import plan as plans
 from pipelines.training.plan import _reading
 from pipelines.training.reading import make_lanes
-from pipelines.training.settings import TrainConfig, num_segments_at
+from pipelines.training.settings import TrainConfig, num_segments_at, stage_at
 from tests.pipelines.test_lanes import FakeStore
 
 SMALL = [
@@ -85,6 +87,27 @@ def test_of_weighted_stores_the_tokens_told_are_those_that_lanes_read() -> None:
         assert plan["padding_fraction"]["segments"] == pytest.approx(1 - read / (200 * 4 * 2 * 8), abs=0.05)
         epochs = plan["num_epochs_of_stores"]
         assert epochs[1] / epochs[0] == pytest.approx(3 * 400 / 1000)
+
+
+def test_windows_that_do_not_vary_are_counted_without_being_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    curriculum = {"num_segments": [2, 5, 2], "steps": [3, 4, 5], "vary": False}
+    config = build(TrainConfig, {"curriculum": curriculum, "optimizer": {"accumulation_steps": 2}})
+    counted = Counter(
+        num_segments_at(config.curriculum, stage_at(config.curriculum, window // 2), window, config.seed)
+        for window in range(config.num_steps * 2)
+    )
+    monkeypatch.setattr(plans, "num_segments_at", None)
+    assert plans._windows(config) == counted == {2: 16, 5: 8}
+
+
+def test_many_windows_that_vary_are_taken_at_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    curriculum = {"num_segments": [2, 4], "steps": [1000, 3000], "least_segments": 2}
+    config = build(TrainConfig, {"curriculum": curriculum})
+    counted = plans._windows(config)
+    monkeypatch.setattr(plans, "_COUNTED_WINDOWS", 100)
+    taken = plans._windows(config)
+    assert taken == {2: 2000, 3: 1000, 4: 1000}
+    assert {size: pytest.approx(number, rel=0.1) for size, number in taken.items()} == counted
 
 
 def test_memory_is_told_for_every_stage_and_falls_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,7 +75,71 @@ def test_the_time_of_a_checkpoint_is_no_part_of_the_speed(monkeypatch: pytest.Mo
     assert run.spans == [4.0, 4.0, 4.0]
 
 
+class Notes:
+    """A monitor that keeps its notes; what else it is told is dropped."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.note, self.tell = SimpleNamespace(remote=self.notes.append), SimpleNamespace(remote=lambda metrics: None)
+
+
+class Diverging(Clocked):
+    """The worker that writes, of a run whose loss is no number from its second line on."""
+
+    def __init__(self) -> None:
+        super().__init__([0.0])
+        self.rank = 0
+        self.saved: list[dict[str, Any]] = []
+
+    def save(self, metrics: dict[str, Any]) -> None:
+        self.saved.append(metrics)
+
+    def _metrics(self, elapsed_s: float) -> dict[str, Any]:
+        loss = 2.0 if self.step == 4 else math.nan
+        return {"step": self.step, "loss": loss, "answer_loss": None, "gradient_norm": math.inf, "tokens_per_s": 1.0}
+
+
+def test_a_run_that_diverges_is_told_of_once_and_its_figures_become_null() -> None:
+    run, monitor, written = Diverging(), Notes(), list[dict[str, Any]]()
+    journal: Any = SimpleNamespace(write=written.append, flush=lambda: None)
+    run._loop(monitor, journal)
+    assert [line["loss"] for line in written] == [2.0, None, None]
+    assert [line["gradient_norm"] for line in written] == [None] * 3
+    assert run.saved[-1]["loss"] is None
+    (told,) = (note for note in monitor.notes if "finite" in note)
+    assert "at step 8: the run has diverged" in told
+    assert "lower optimizer.learning_rate" in told
+
+
+def test_a_run_in_which_nothing_was_asked_has_not_diverged() -> None:
+    assert worker._is_finite(None)
+    assert worker._is_finite(3.5)
+    assert not worker._is_finite(math.inf)
+
+
 # --- the journal ------------------------------------------------------------------------------------
+
+
+def strictly(line: str) -> Any:
+    """A line as JSON has it, in which nothing is named NaN or Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_figures_that_are_no_numbers_are_null_also_in_lines_of_before(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "tokens_per_s": 5.5}\n')
+    journal = Journal(str(tmp_path), 1)
+    journal.write({"step": 2, "loss": math.inf, "loss_by_segment": [1.0, math.nan, None], "stage": 0})
+    journal.close()
+    assert [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": None, "tokens_per_s": 5.5},
+        {"step": 2, "loss": None, "loss_by_segment": [1.0, None, None], "stage": 0},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(board.Tags()["scalars"]) == ["loss_by_segment/00", "train/stage"]
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

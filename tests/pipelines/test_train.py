@@ -1,26 +1,32 @@
 """The training job: what it refuses, what it writes, and that stopping and going on changes nothing."""
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.train
 import torch
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from safetensors.torch import load_file
 
 import rmt_core
 from pipelines import claim, storage, train
 from pipelines.config import InputError, build
 from pipelines.data.tokenise import load_tokenizer
-from pipelines.training import run_directory, worker
+from pipelines.training import checkpoints, run_directory, worker
 from pipelines.training.settings import (
     CurriculumSettings,
     OptimizerSettings,
@@ -40,6 +46,7 @@ SMALL = {
     "report": {"log_every": 4, "checkpoint_every": 20},
 }
 LOGGED = list(range(4, 49, 4))
+LEFT_OVER = "checkpoint_2026-01-31_13-00-59.000123"  # named as Ray Train names its directories
 
 
 def config(output: Path, **changes: Any) -> TrainConfig:
@@ -194,14 +201,74 @@ def test_a_second_start_leaves_what_the_first_is_writing(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    (run / "checkpoint_being_written").mkdir(parents=True)
+    (run / LEFT_OVER).mkdir(parents=True)
+    storage.write_json(str(run / "config.json"), config(run).model_dump(mode="json"))
     monkeypatch.setattr(claim, "BEAT_S", 0.05)
     with (
         claim.claimed(str(run), "train"),
         pytest.raises(InputError, match=f"another train is at work on {run}: process"),
     ):
         train.train(config(run))
-    assert os.listdir(run) == ["checkpoint_being_written"]
+    assert sorted(os.listdir(run)) == [LEFT_OVER, "config.json"]
+
+
+OTHERS: dict[str, dict[str, str]] = {
+    "a model": {"config.json": '{"model_type": "llama"}', "model.safetensors": "weights"},
+    "results": {"config.json": '{"output": "elsewhere", "tasks": []}', "metrics.jsonl": "{}"},
+    "a list": {"config.json": "[1]"},
+    "no JSON": {"config.json": "half"},
+    "a file": {"notes.txt": "mine"},
+    "checkpoints of another kind": {"checkpoint_1/weights": "mine", "model/config.json": "{}"},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("on", ["disk", "s3"])
+def test_a_directory_that_holds_something_else_is_refused_and_left(
+    s3_bucket: str, kind: str, on: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "mine") if on == "disk" else f"{s3_bucket}/mine/{kind.replace(' ', '-')}"
+    for name, content in OTHERS[kind].items():
+        storage.write_bytes(f"{output}/{name}", content.encode())
+    names = storage.list_names(output)
+    line = refused(["tiny", "--output", output], capsys)
+    assert re.search(f"{output} holds {names[0]}.* and no training run; give an --output that is new or empty", line)
+    assert storage.list_names(output) == names
+    for name, content in OTHERS[kind].items():
+        assert storage.read_bytes(f"{output}/{name}") == content.encode()
+
+
+@pytest.mark.parametrize("on", ["disk", "s3"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        [".validate_storage_marker"],
+        [".validate_storage_marker", "driver.json"],
+        [".driver.json.0a1b2c3d.tmp", "driver.json"],
+        ["config.json", "driver.json", LEFT_OVER + "/worker_00000.json"],
+    ],
+)
+def test_what_an_interrupted_start_has_left_is_begun_again(
+    s3_bucket: str, names: list[str], on: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "run") if on == "disk" else f"{s3_bucket}/begun/{len(names)}-{len(''.join(names))}"
+    for name in names:
+        settings = config(tmp_path).model_dump(mode="json") if name == "config.json" else {}
+        storage.write_json(f"{output}/{name}", settings)
+    assert run_directory.earlier(config(tmp_path).model_copy(update={"output": output}), {}) is None
+
+
+@pytest.mark.parametrize("on", ["disk", "s3"])
+def test_only_directories_named_as_checkpoints_are_removed(s3_bucket: str, on: str, tmp_path: Path) -> None:
+    output = str(tmp_path / "run") if on == "disk" else f"{s3_bucket}/removing"
+    kept = LEFT_OVER.replace("13", "14")
+    mine = ["checkpoint_best", "checkpoint_1.json", "checkpoint_2026-01-01", f"{LEFT_OVER}.kept", kept]
+    for name in [LEFT_OVER, *mine]:
+        storage.write_bytes(f"{output}/{name}/weights", b"1")
+    storage.write_json(f"{output}/{run_directory.REGISTRY}", {"checkpoint_results": [{"checkpoint_dir_name": kept}]})
+    run_directory.remove_unfinished(output)
+    assert storage.list_names(output) == sorted([*mine, run_directory.REGISTRY])
 
 
 def test_a_node_that_came_later_and_does_not_see_the_output_is_named(
@@ -217,10 +284,192 @@ def test_a_node_that_came_later_and_does_not_see_the_output_is_named(
             worker._prepare(config(tmp_path), config(tmp_path), stack)
 
 
-def test_a_list_of_checkpoints_that_is_cut_off_is_told(tmp_path: Path) -> None:
-    (tmp_path / run_directory.REGISTRY).write_text('{"checkpoint_results": [')
-    with pytest.raises(InputError, match="is not whole.*--resume"):
-        train.train(config(tmp_path))
+def test_what_workers_before_left_unfinished_is_removed_by_the_first_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, kept = tmp_path / "run", LEFT_OVER.replace("13", "14")
+    for name in (LEFT_OVER, kept):
+        storage.write_bytes(f"{run}/{name}/weights", b"1")
+    storage.write_json(f"{run}/config.json", {})
+    storage.write_json(f"{run}/{run_directory.REGISTRY}", {"checkpoint_results": [{"checkpoint_dir_name": kept}]})
+    known = worker.Setup(config(run), *[None] * 7)  # type: ignore[arg-type]
+    monkeypatch.setattr(worker, "set_up", lambda config: known)
+    monkeypatch.setattr(worker, "start_trackers", lambda config: ())
+    monkeypatch.setattr(worker, "_checkpoint", lambda config, stack: None)
+    unlisted = LEFT_OVER.replace("13", "15")
+    for rank, newest, left in ((1, kept, [LEFT_OVER, kept]), (0, unlisted, [LEFT_OVER, kept]), (0, kept, [kept])):
+        monkeypatch.setattr(worker.dist, "get_rank", lambda rank=rank: rank)
+        checkpoint = ray.train.Checkpoint(str(run / newest))
+        monkeypatch.setattr(ray.train, "get_checkpoint", lambda checkpoint=checkpoint: checkpoint)
+        with contextlib.ExitStack() as stack:
+            worker._prepare(config(run), config(run), stack)
+        assert [path.name for path in sorted(run.glob("checkpoint_*")) if path.is_dir()] == left
+
+
+def checkpoint_of(run: str, step: int, second: int, num_workers: int = 1) -> str:
+    """A whole checkpoint without weights; its name, which tells a time."""
+    name = f"checkpoint_2026-01-31_13-00-{second:02d}.000000"
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.write_progress(Path(folder), checkpoints.Progress(step, 0, num_workers, {}))
+        storage.seal(Path(folder), part="worker_00000")
+        for path in Path(folder).iterdir():
+            storage.write_bytes(f"{run}/{name}/{path.name}", path.read_bytes())
+    return name
+
+
+@pytest.mark.parametrize("on", ["disk", "s3"])
+@pytest.mark.parametrize("rest", ["", '{"checkpoint_results": ['])
+def test_a_list_of_checkpoints_that_is_cut_off_is_made_again_of_those_that_are_whole(
+    s3_bucket: str, on: str, rest: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = str(tmp_path) if on == "disk" else f"{s3_bucket}/cut-off/{len(rest)}"
+    later, earlier = checkpoint_of(run, 20, 30), checkpoint_of(run, 10, 40)  # a clock was set back
+    altered, unfinished = checkpoint_of(run, 30, 50), checkpoint_of(run, 40, 55, num_workers=2)
+    storage.write_json(f"{run}/{altered}/progress.json", checkpoints.Progress(30, 1, 1, {})._asdict())
+    storage.write_bytes(f"{run}/{run_directory.REGISTRY}", rest.encode())
+    assert run_directory.registered_checkpoints(run) == [earlier, later, altered]
+    run_directory.mend_registry(run)
+    assert run_directory.registered_checkpoints(run) == [earlier, later]
+    assert run_directory.last_progress(run).step == 20
+    assert f"{altered} is damaged" in caplog.text
+    assert "checkpoints of steps 10, 20" in caplog.text
+    mended = storage.read_bytes(f"{run}/{run_directory.REGISTRY}")
+    run_directory.mend_registry(run)
+    assert storage.read_bytes(f"{run}/{run_directory.REGISTRY}") == mended
+    run_directory.remove_unfinished(run)
+    assert not storage.exists(f"{run}/{unfinished}/progress.json")
+
+
+def test_a_list_of_checkpoints_that_is_cut_off_with_none_that_is_whole_is_refused(tmp_path: Path) -> None:
+    checkpoint_of(str(tmp_path), 40, 55, num_workers=2)
+    (tmp_path / run_directory.REGISTRY).write_text("")
+    with pytest.raises(InputError, match="is cut off, .* and no checkpoint beside it is whole; give another --output"):
+        run_directory.mend_registry(str(tmp_path))
+
+
+class Saving(worker.Run):
+    """A worker whose checkpoints meet what `fault` is when they are written."""
+
+    def __init__(self, output: Path, fault: Exception | None) -> None:
+        self.config, self.fault, self.rank, self.step = config(output), fault, 0, 3
+
+    def write(self, folder: Path) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fault", [FULL, RuntimeError("PytorchStreamWriter failed writing file data/0: write failed")])
+def test_a_full_disk_under_a_checkpoint_is_one_line(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5))
+    with pytest.raises(storage.StorageError, match=f"^{tmp_path}/.*: the disk is full .*; free some room, or give"):
+        Saving(tmp_path / "run", fault).save({})
+
+
+def test_another_fault_under_a_checkpoint_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="^odd$"):
+        Saving(tmp_path / "run", RuntimeError("odd")).save({})
+
+
+def test_a_disk_that_refuses_a_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(metrics: dict[str, Any], checkpoint: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ray.train, "report", refuse)
+    with pytest.raises(storage.RefusedError, match=f"^{tmp_path}/run: no permission"):
+        Saving(tmp_path / "run", None).save({})
+
+
+def test_of_a_run_that_failed_the_fault_of_a_store_is_told() -> None:
+    full, odd = storage.StorageError("the disk is full"), OSError("odd")
+    assert train._cause(WorkerGroupError("both", {0: odd, 1: full}), "runs/a") is full
+    told = train._cause(ControllerError(FULL), "runs/a")
+    assert isinstance(told, storage.StorageError)
+    assert str(told).startswith("runs/a: the disk is full")
+    for error in (WorkerGroupError("one", {0: odd}), ControllerError(odd), ControllerError(ValueError("odd"))):
+        assert train._cause(error, "runs/a") is error
+
+
+def monitor_of(*, has_begun: bool) -> Any:
+    """A monitor that knows of no metrics yet, for a `ray.get` that takes values for references."""
+    values = {"latest": {}, "noted": [], "has_begun": has_begun, "stop": None}
+    return SimpleNamespace(
+        **{name: SimpleNamespace(remote=lambda value=value: value) for name, value in values.items()}
+    )
+
+
+@pytest.fixture
+def fitting(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Thread]:
+    """A thread that lasts 3 seconds, as one in which Ray Train waits for workers."""
+    monkeypatch.setattr(ray, "get", lambda values: values)
+    thread = threading.Thread(target=time.sleep, args=(3,))
+    thread.start()
+    yield thread
+    thread.join()
+
+
+def test_asked_to_stop_before_any_worker_has_started_a_run_ends(fitting: threading.Thread, tmp_path: Path) -> None:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        train._watch(fitting, monitor_of(has_begun=False), config(tmp_path))
+    assert fitting.is_alive()
+
+
+def test_asked_to_stop_a_run_that_has_workers_waits_for_their_checkpoint(
+    fitting: threading.Thread, tmp_path: Path
+) -> None:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert train._watch(fitting, monitor_of(has_begun=True), config(tmp_path))
+    assert not fitting.is_alive()
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_run_that_waits_for_room_says_so(
+    has_begun: bool,
+    fitting: threading.Thread,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(train, "_WAITING_S", 1.0)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}, "Labels": {}}] * 2)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 5.0})
+    with caplog.at_level(logging.INFO, logger="pipelines"):
+        train._watch(fitting, monitor_of(has_begun=has_begun), config(tmp_path, workers={"num_workers": 4, "cpus": 2}))
+    told = [record.getMessage() for record in caplog.records if "waiting for" in record.getMessage()]
+    line = "no worker has started yet: waiting for 4 of 2 CPU each; the cluster has room for 2 now"
+    assert told == ([] if has_begun else [line])
+
+
+@pytest.mark.long
+def test_gone_on_with_after_its_list_was_cut_off_a_run_equals_the_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "model")
+    (run / run_directory.REGISTRY).write_bytes(b"")
+    last = run / run_directory.registered_checkpoints(str(run))[-1]
+    (last / "worker_00000.json").write_bytes(b"{}")
+    train.train(config(run))
+    assert [line["step"] for line in lines(run)] == LOGGED
+    for name, tensor in weights(finished).items():
+        assert torch.equal(weights(run)[name], tensor), name
+
+
+@pytest.mark.long
+def test_a_run_that_diverges_ends_as_a_result(local_ray: None, tmp_path: Path) -> None:
+    steps = {"curriculum": {"num_segments": [2], "steps": [4]}, "report": {"log_every": 2}}
+    settings = config(tmp_path / "run", optimizer={"learning_rate": 1e30, "warmup_steps": 0}, **steps)
+    result = train.train(settings)
+    assert result["loss"] is None
+    assert [line["loss"] for line in lines(tmp_path / "run")][-1:] == [None]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train.train(settings) == result  # finished
 
 
 @pytest.mark.long
