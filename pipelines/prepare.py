@@ -3,10 +3,11 @@
     python pipelines/prepare.py --input books/ --output store --tokenizer bytes --segment-len 512
 
 Reads .txt, .txt.gz, .jsonl (`text`, optional `id`) and .parquet (columns `text`, optional `id`) from disk or
-s3://. A document stays whole and in order in one Parquet file; nothing of it is truncated, and what cannot be
-read exactly goes to errors.jsonl. The same command again does nothing; other settings on the same output are
-refused. An interrupted run, however it ended, is gone on with by the same command: work units that are finished are
-kept, and the store is the same to the byte as that of a run that was not interrupted.
+s3://. Ids that are not given are made of the files' names, and of as much of their paths as tells equal names apart.
+A document stays whole and in order in one Parquet file; nothing of it is truncated, and what cannot be read exactly
+goes to errors.jsonl. The same command again does nothing; other settings on the same output are refused. An
+interrupted run, however it ended, is gone on with by the same command: work units that are finished are kept, and the
+store is the same to the byte as that of a run that was not interrupted.
 """
 
 import sys
@@ -76,19 +77,20 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     content = store.read_store_json(output)
     if content is None:
         progress.check(output)
+        units = _units(files, output, config.segment_len, tokenizer)
         with claimed(output, "prepare"):
             content = store.read_store_json(output)  # another may have made it meanwhile
             if content is None:
-                return _summary(output, _make(output, config, tokenizer, files), strict=config.strict)
+                return _summary(output, _make(output, config, tokenizer, units), strict=config.strict)
     _refuse_other_use(output, content, config, tokenizer, files)
     progress.clear(output)
     log.info("%s is already made from this input with these settings: nothing to do", output)
     return _summary(output, content, strict=config.strict)
 
 
-def _make(output: str, config: PrepareConfig, tokenizer: Tokenizer, files: list[FileEntry]) -> dict[str, Any]:
+def _make(output: str, config: PrepareConfig, tokenizer: Tokenizer, units: list[Unit]) -> dict[str, Any]:
     """Makes the store; the content of its store.json."""
-    units = _units(files, output, config.segment_len, tokenizer)
+    files = [file for unit in units for file in unit.files]
     identity = fingerprint([_settings(config.segment_len, tokenizer.fingerprint), files])
     stale = progress.stale(output, identity, len(units))
     log.info("reading %d files as %d work units", len(files), len(units))
@@ -143,8 +145,16 @@ def _begin(output: str, about: dict[str, Any], tokenizer: Tokenizer, stale: list
 
 
 def _units(files: list[FileEntry], output: str, segment_len: int, tokenizer: Tokenizer) -> list[Unit]:
-    groups = inputs.plan_units(files)
-    return [Unit(n, group, output, segment_len, tokenizer.fingerprint) for n, group in enumerate(groups)]
+    """The work; InputError where files would give their documents the same ids."""
+    callings = inputs.distinct_callings(files)
+    if callings:
+        example = min(callings.values())
+        log.info("%d files have names that others have too; their documents' ids tell more: %s", len(callings), example)
+    units: list[Unit] = []
+    for group in inputs.plan_units(files):
+        of_group = {file.uri: callings[file.uri] for file in group if file.uri in callings}
+        units.append(Unit(len(units), group, output, segment_len, tokenizer.fingerprint, of_group or None))
+    return units
 
 
 def _run(units: list[Unit]) -> list[UnitResult]:
