@@ -111,6 +111,7 @@ def _settings(segment_len: int, tokenizer_fingerprint: str) -> dict[str, Any]:
 def _refuse_other_use(
     output: str, content: dict[str, Any], config: PrepareConfig, tokenizer: Tokenizer, files: list[FileEntry]
 ) -> None:
+    store.check_keys(output, content, _SHOWN_KEYS)
     differences = []
     if content["segment_len"] != config.segment_len:
         differences.append(f"segment_len {content['segment_len']} there, {config.segment_len} asked for")
@@ -118,13 +119,23 @@ def _refuse_other_use(
     if there != tokenizer.fingerprint:
         asked = tokenizer.fingerprint[:16]
         differences.append(f"tokenizer {there[:16]} there, {asked} ({config.tokenizer}) asked for")
-    before = [InputFile(**entry) for entry in storage.read_json(storage.join(output, store.INPUTS))]
-    if (difference := inputs.difference(before, files)) is not None:
+    if (difference := inputs.difference(_inputs_there(output), files)) is not None:
         differences.append(f"other input ({difference})")
     if differences:
         raise InputError(
             f"{output} is a finished store made otherwise: {'; '.join(differences)}; give another --output or delete it"
         )
+
+
+def _inputs_there(output: str) -> list[InputFile]:
+    """What a finished store was made of; InputError where its file does not say."""
+    file = storage.join(output, store.INPUTS)
+    try:
+        return [InputFile(**entry) for entry in storage.read_json(file)]
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(store.unusable(file, error)) from error
 
 
 def _begin(output: str, about: dict[str, Any], tokenizer: Tokenizer, stale: list[str]) -> None:

@@ -12,6 +12,7 @@ A file of numbers k is missing where nothing of its input became a document. Row
 checksums, which are verified when they are read.
 """
 
+import contextlib
 import io
 import json
 from collections import OrderedDict
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config import InputError, fingerprint
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
+from pipelines.stores.faults import shown
 from pipelines.stores.transfer import beside
 
 FORMAT = 1
@@ -48,6 +50,7 @@ _IDENTITY = (  # what a store is, wherever it lies
 )
 _ROW_GROUP_ROWS = 2**14  # also bounded where segments are very short
 _OPEN_FILES = 64
+_REMEDY = "copy the store again, or delete it and prepare it again"
 
 SEGMENTS_SCHEMA = pa.schema([("document_id", pa.string()), ("segment", pa.int32()), ("tokens", pa.list_(pa.int32()))])
 MANIFEST_SCHEMA = pa.schema(
@@ -225,11 +228,51 @@ def read_store_json(uri: str) -> dict[str, Any] | None:
         raise InputError(f"{file} is not a segment store's: {error}") from error
     if number != FORMAT:
         raise InputError(f"{uri} is a store of format {number}, this program reads {FORMAT}; prepare it again")
+    check_keys(uri, content, _IDENTITY)
     return content
 
 
+def check_keys(uri: str, content: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """InputError where store.json does not say all of this."""
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise InputError(f"{storage.join(uri, STORE)} is damaged: it does not say {', '.join(missing)}; {_REMEDY}")
+
+
+def unusable(file: str, error: Exception) -> str:
+    """What is wrong with a store's file that cannot be read, and what to do about it."""
+    if isinstance(error, FileNotFoundError):
+        return f"{file} is missing; {_REMEDY}"
+    return f"{file} is damaged ({shown(error)}); {_REMEDY}"
+
+
+def _read_manifest(uri: str) -> list[DocumentEntry]:
+    """InputError where it is not there, or not as it was written."""
+    file = storage.join(uri, MANIFEST)
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(file)), page_checksum_verification=True)
+        columns = [table[name].to_pylist() for name in DocumentEntry._fields]
+    except storage.StorageError:
+        raise
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise InputError(unusable(file, error)) from error
+    return [DocumentEntry(*row) for row in zip(*columns, strict=True)]
+
+
+def _check_parts(uri: str, documents: Iterable[DocumentEntry]) -> None:
+    """InputError where segment files of the manifest are not there."""
+    sizes = storage.list_sizes(uri)
+    missing = [name for name in dict.fromkeys(document.file for document in documents) if not sizes.get(name)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{uri} is incomplete: {missing[0]}{more} should be there, and not empty; {_REMEDY}")
+
+
 class SegmentStore:
-    """A finished store, read segment by segment. Use one object from one thread."""
+    """A finished store, read segment by segment. Use one object from one thread.
+
+    InputError where there is none, or a file of it is missing.
+    """
 
     shares = ()  # one store: every document as often as any other
 
@@ -242,10 +285,8 @@ class SegmentStore:
         self.segment_len: int = content["segment_len"]
         self.tokenizer_fingerprint: str = content["tokenizer_fingerprint"]
         self.fingerprint: str = fingerprint({key: content[key] for key in _IDENTITY})
-        manifest = io.BytesIO(storage.read_bytes(storage.join(self.uri, MANIFEST)))
-        table = pq.read_table(manifest, page_checksum_verification=True)
-        columns = [table[name].to_pylist() for name in DocumentEntry._fields]
-        self.manifest = [DocumentEntry(*row) for row in zip(*columns, strict=True)]
+        self.manifest = _read_manifest(self.uri)
+        _check_parts(self.uri, self.manifest)
         self._parts: OrderedDict[str, _Part] = OrderedDict()
 
     def load_tokenizer(self) -> Tokenizer:
@@ -261,7 +302,8 @@ class SegmentStore:
     def read(self, document: DocumentEntry, start: int, stop: int) -> np.ndarray:
         """The tokens of segments start .. stop-1 of a document, joined: (T,) int32, a copy.
 
-        All of these segments must exist (IndexError). Reads the row groups that hold them, and keeps the last
+        All of these segments must exist (IndexError); DamagedError where their file is not as it was written. Reads
+        the row groups that hold them, and keeps the last
         one of each file for the next call.
         """
         if not 0 <= start <= stop <= document.num_segments:
@@ -279,9 +321,11 @@ class _Part:
     """An open segment file and its last row group."""
 
     def __init__(self, uri: str) -> None:
+        self._uri = uri
         files, path = storage.filesystem(uri)
-        self._source = files.open_input_file(path)
-        self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
+        with _damage(uri):
+            self._source = files.open_input_file(path)
+            self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -293,11 +337,16 @@ class _Part:
         self._source.close()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        if stop > self._starts[-1]:
+            raise storage.DamagedError(
+                f"{self._uri} is of another store: it holds {self._starts[-1]} segments, not {stop} or more; {_REMEDY}"
+            )
         pieces = []
         while start < stop:
             group = int(np.searchsorted(self._starts, start, side="right")) - 1
             if group != self._group:
-                table = self._file.read_row_group(group, columns=["tokens"]).combine_chunks()
+                with _damage(self._uri):
+                    table = self._file.read_row_group(group, columns=["tokens"]).combine_chunks()
                 self._tokens, self._offsets = _flat(table)
                 self._group = group
             first = int(self._starts[group])
@@ -305,6 +354,17 @@ class _Part:
             pieces.append(self._tokens[self._offsets[start - first] : self._offsets[end - first]])
             start = end
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+
+
+@contextlib.contextmanager
+def _damage(uri: str) -> Iterator[None]:
+    """Turns what keeps a segment file from being read into a DamagedError that names it; a store's fault stays one."""
+    try:
+        yield
+    except storage.StorageError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise storage.DamagedError(unusable(uri, error)) from error
 
 
 def _flat(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

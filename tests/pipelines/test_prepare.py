@@ -444,6 +444,21 @@ def test_a_directory_becomes_a_store_and_the_same_again_does_nothing(
         code, refused, stderr = _main(capfd, *argv, *more)
         assert (code, refused) == (2, {})
         assert reason in stderr
+    for name, data, reason in (
+        (store.INPUTS, b"[", f"{output}/inputs.json is damaged (Expecting value: "),
+        (store.INPUTS, b'[{"name": "a.txt"}]', f"{output}/inputs.json is damaged ("),
+        (store.INPUTS, None, f"{output}/inputs.json is missing; copy the store again, or delete it"),
+        (store.STORE, b'{"format": 1}', f"{output}/store.json is damaged: it does not say segment_len, "),
+    ):
+        (output / name).unlink()
+        if data is not None:
+            (output / name).write_bytes(data)
+        code, refused, stderr = _main(capfd, *argv)
+        assert (code, refused) == (2, {})
+        assert f"prepare: error: {reason}" in stderr
+        modified, content = before[output / name]
+        (output / name).write_bytes(content)
+        os.utime(output / name, ns=(modified, modified))
     (books / "a.txt").write_bytes(b"changed")
     code, _, stderr = _main(capfd, *argv)
     assert code == 2

@@ -26,6 +26,8 @@ def test_what_is_written_is_read(root: str) -> None:
     for data in (bytes(range(256)) * 3, b""):
         storage.write_bytes(uri, data)
         assert storage.read_bytes(uri) == data
+        assert storage.list_sizes(storage.join(root, "a")) == {"b.bin": len(data)}
+    assert storage.list_sizes(root) == storage.list_sizes(storage.join(root, "none")) == {}
     assert storage.exists(uri)
     assert not storage.is_directory(uri)
     assert storage.is_directory(storage.join(root, "a"))

@@ -124,6 +124,57 @@ def test_only_a_finished_store_opens(tmp_path: Path) -> None:
         SegmentStore(str(tmp_path))
 
 
+def _refused(directory: Path) -> str:
+    """Why the store does not open, below its directory's name."""
+    with pytest.raises(InputError) as caught:
+        SegmentStore(str(directory))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(directory))
+    assert message.endswith("; copy the store again, or delete it and prepare it again")
+    return message.removeprefix(str(directory))
+
+
+def test_a_store_with_a_damaged_or_missing_file_does_not_open(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    entries = _write(tmp_path, documents)
+    others = [entry._replace(file=store.part_name(n)) for n, entry in enumerate(entries)]
+    for other in others:
+        (tmp_path / other.file).write_bytes((tmp_path / NAME).read_bytes())
+    _finish(tmp_path, others)
+    (tmp_path / others[3].file).write_bytes(b"")
+    assert _refused(tmp_path).startswith(" is incomplete: segments-00003.parquet should be there, and not empty")
+    (tmp_path / others[5].file).unlink()
+    assert _refused(tmp_path).startswith(" is incomplete: segments-00003.parquet and 1 more should be there")
+
+    manifest = tmp_path / store.MANIFEST
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[: len(content) // 2])
+    assert _refused(tmp_path).startswith("/manifest.parquet is damaged (")
+    pq.write_table(pq.read_table(tmp_path / NAME), manifest)
+    assert _refused(tmp_path).startswith("/manifest.parquet is damaged (")
+    manifest.unlink()
+    assert _refused(tmp_path).startswith("/manifest.parquet is missing; ")
+    storage.write_json(str(tmp_path / store.STORE), {"format": store.FORMAT, "num_tokens": 1})
+    assert _refused(tmp_path).startswith("/store.json is damaged: it does not say segment_len, tokenizer_fingerprint, ")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "short"])
+def test_a_damaged_segment_file_is_named_when_it_is_read(
+    damage: str, tmp_path: Path, documents: dict[str, np.ndarray]
+) -> None:
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    content = (tmp_path / NAME).read_bytes()
+    if damage == "cut":
+        (tmp_path / NAME).write_bytes(content[:-100])
+    elif damage == "gone":
+        (tmp_path / NAME).unlink()
+    else:
+        _write(tmp_path, {"d1": documents["d1"]})
+    says = {"cut": "is damaged", "gone": "is missing", "short": "is of another store: it holds 1 segments"}[damage]
+    with pytest.raises(storage.DamagedError, match=rf"^{tmp_path}/{NAME} {says}.*; copy the store again, or delete"):
+        opened.read(opened.manifest[-1], 0, 1)
+
+
 def test_altered_bytes_are_found_when_they_are_read(tmp_path: Path) -> None:
     """A bit of the tokens' column is turned, here and there: an error, or a bit that says nothing of the tokens."""
     entries = _write(tmp_path, {"a": np.arange(60, dtype=np.int32)})
@@ -137,6 +188,6 @@ def test_altered_bytes_are_found_when_they_are_read(tmp_path: Path) -> None:
         (tmp_path / NAME).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
             read = SegmentStore(str(tmp_path)).read(entries[0], 0, entries[0].num_segments)
-        except OSError:  # of the checksum, or of a header that makes no sense any more
+        except storage.DamagedError:  # of the checksum, or of a header that makes no sense any more
             continue
         assert np.array_equal(read, good), f"byte {place}"
