@@ -702,6 +702,7 @@ def test_a_directory_that_is_no_store_is_left_alone(
         (["--input", "{}/books/notes.md", "--output", "{}/out"], "unsupported suffix"),
         (["--input", "{}/books/*.zip", "--output", "{}/out"], "no input found"),
         (["--input", "{}/books"], "--output is required"),
+        (["--input", "{}/books", "--output", "s3://"], "s3://: needs a bucket"),
         (["--input", "{}/books", "--output", "{}/out", "--tokenizer", "{}/none"], "does not exist"),
         (["--input", "{}/books", "--output", "{}/out", "--segment-len", "0"], "--segment-len 0"),
     ],
