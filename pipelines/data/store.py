@@ -8,15 +8,16 @@
     store.json                   settings, counts and fingerprints; written last: without it there is no store
 
 A file of numbers k is missing where nothing of its input became a document. Row groups hold at most about
-`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is. Pages carry
-checksums, which are verified when they are read.
+`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is. Those read last
+are kept, so that many who read one file by turns read each of them once. Pages carry checksums, which are verified when
+they are read.
 """
 
 import contextlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ _IDENTITY = (  # what a store is, wherever it lies
 )
 _ROW_GROUP_ROWS = 2**14  # also bounded where segments are very short
 _OPEN_FILES = 64
+_KEPT_BYTES = 2**27  # of a store's row groups, in memory: about 128
 _REMEDY = "copy the store again, or delete it and prepare it again"
 
 SEGMENTS_SCHEMA = pa.schema([("document_id", pa.string()), ("segment", pa.int32()), ("tokens", pa.list_(pa.int32()))])
@@ -288,6 +290,7 @@ class SegmentStore:
         self.manifest = _read_manifest(self.uri)
         _check_parts(self.uri, self.manifest)
         self._parts: OrderedDict[str, _Part] = OrderedDict()
+        self._groups = _Groups()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the store was made with; InputError where another one lies there."""
@@ -303,25 +306,55 @@ class SegmentStore:
         """The tokens of segments start .. stop-1 of a document, joined: (T,) int32, a copy.
 
         All of these segments must exist (IndexError); DamagedError where their file is not as it was written. Reads
-        the row groups that hold them, and keeps the last
-        one of each file for the next call.
+        the row groups that hold them, unless they are among the `_KEPT_BYTES` that were read last.
         """
         if not 0 <= start <= stop <= document.num_segments:
             raise IndexError(f"segments {start}..{stop} of {document.document_id!r}, which has {document.num_segments}")
         part = self._parts.pop(document.file, None)
         if part is None:
-            part = _Part(storage.join(self.uri, document.file))
+            part = _Part(storage.join(self.uri, document.file), self._groups)
         self._parts[document.file] = part
         if len(self._parts) > _OPEN_FILES:
             self._parts.popitem(last=False)[1].close()
         return part.rows(document.row_offset + start, document.row_offset + stop)
 
 
-class _Part:
-    """An open segment file and its last row group."""
+class _Group(NamedTuple):
+    """A row group in memory."""
 
-    def __init__(self, uri: str) -> None:
+    tokens: np.ndarray  # (T,) int32, of all its rows
+    offsets: np.ndarray  # (rows + 1,) int32, where each row begins and the last one ends
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tokens.nbytes + self.offsets.nbytes
+
+
+class _Groups:
+    """The row groups of a store's files that were asked for last, `_KEPT_BYTES` of them; always one."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._kept: OrderedDict[tuple[str, int], _Group] = OrderedDict()
+
+    def get(self, uri: str, number: int, read: Callable[[int], _Group]) -> _Group:
+        """A file's row group, read where it is not kept."""
+        found = self._kept.pop((uri, number), None)
+        if found is None:
+            found = read(number)
+            self.num_bytes += found.num_bytes
+        self._kept[uri, number] = found
+        while self.num_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+        return found
+
+
+class _Part:
+    """An open segment file."""
+
+    def __init__(self, uri: str, groups: _Groups) -> None:
         self._uri = uri
+        self._groups = groups
         files, path = storage.filesystem(uri)
         with _damage(uri):
             self._source = files.open_input_file(path)
@@ -329,8 +362,6 @@ class _Part:
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._group = -1
-        self._tokens = self._offsets = np.zeros(0, dtype=np.int32)
 
     def close(self) -> None:
         self._file.close()
@@ -343,17 +374,17 @@ class _Part:
             )
         pieces = []
         while start < stop:
-            group = int(np.searchsorted(self._starts, start, side="right")) - 1
-            if group != self._group:
-                with _damage(self._uri):
-                    table = self._file.read_row_group(group, columns=["tokens"]).combine_chunks()
-                self._tokens, self._offsets = _flat(table)
-                self._group = group
-            first = int(self._starts[group])
-            end = min(stop, int(self._starts[group + 1]))
-            pieces.append(self._tokens[self._offsets[start - first] : self._offsets[end - first]])
+            number = int(np.searchsorted(self._starts, start, side="right")) - 1
+            group = self._groups.get(self._uri, number, self._read)
+            first = int(self._starts[number])
+            end = min(stop, int(self._starts[number + 1]))
+            pieces.append(group.tokens[group.offsets[start - first] : group.offsets[end - first]])
             start = end
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+
+    def _read(self, number: int) -> _Group:
+        with _damage(self._uri):
+            return _Group(*_flat(self._file.read_row_group(number, columns=["tokens"]).combine_chunks()))
 
 
 @contextlib.contextmanager

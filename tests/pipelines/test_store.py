@@ -1,6 +1,7 @@
 """The segment store reads back what was written, from any place, through row groups of bounded size."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -111,6 +112,43 @@ def test_many_files_need_few_open_ones(
     for one, other in zip(entries, others, strict=True):
         assert np.array_equal(opened.read(one, 0, 1), opened.read(other, 0, 1))
     assert len(opened._parts) == 1
+
+
+def _by_turns(opened: SegmentStore) -> dict[str, list[np.ndarray]]:
+    """Each document's segments, where the documents are read a segment each at a time."""
+    found: dict[str, list[np.ndarray]] = {entry.document_id: [] for entry in opened.manifest}
+    for n in range(max(entry.num_segments for entry in opened.manifest)):
+        for entry in opened.manifest:
+            if n < entry.num_segments:
+                found[entry.document_id].append(opened.read(entry, n, n + 1))
+    return found
+
+
+@pytest.mark.parametrize("kept_bytes", [2**27, 500, 1])
+def test_row_groups_are_read_once_by_many_that_read_by_turns(
+    kept_bytes: int, tmp_path: Path, documents: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as they may be kept."""
+    monkeypatch.setattr(store, "_KEPT_BYTES", kept_bytes)
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    numbers, most = [], 0
+
+    def counted(file: pq.ParquetFile, number: int, read: Any = pq.ParquetFile.read_row_group, **options: Any) -> Any:
+        nonlocal most
+        numbers.append(number)
+        most = max(most, opened._groups.num_bytes)
+        return read(file, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    found = _by_turns(opened)
+    assert all(np.array_equal(np.concatenate(found[name]), tokens) for name, tokens in documents.items())
+    num_groups = pq.ParquetFile(tmp_path / NAME).num_row_groups
+    assert num_groups > 5
+    if kept_bytes > 500:
+        assert sorted(numbers) == list(range(num_groups))
+    else:
+        assert len(numbers) > num_groups
+        assert most <= max(kept_bytes, 4 * (50 + SEGMENT_LEN + 20))
 
 
 def test_only_a_finished_store_opens(tmp_path: Path) -> None:
