@@ -29,7 +29,7 @@ import ray
 import ray.data
 
 from pipelines import storage
-from pipelines.claim import claimed
+from pipelines.claim import claimed, clear_dead
 from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, StrictError, fingerprint
 from pipelines.data import inputs, progress, segment, spreading, store
@@ -84,6 +84,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 return _summary(output, _make(output, config, tokenizer, units), strict=config.strict)
     _refuse_other_use(output, content, config, tokenizer, files)
     progress.clear(output)
+    clear_dead(output, "prepare")
     log.info("%s is already made from this input with these settings: nothing to do", output)
     return _summary(output, content, strict=config.strict)
 

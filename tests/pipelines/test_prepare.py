@@ -527,6 +527,12 @@ def test_two_at_once_do_not_work_on_one_output(
         assert [path.name for path in output.iterdir() if not path.name.startswith(".")] == [claim.CLAIM]
     assert _main(capfd, *argv)[0] == 0
     assert not (output / claim.CLAIM).exists()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = {"driver": "other", "machine": claim._machine(), "pid": dead.pid, "beat": 3}
+    storage.write_json(str(output / claim.CLAIM), left)
+    assert _main(capfd, *argv)[0] == 0
+    assert not (output / claim.CLAIM).exists()
 
 
 def test_a_store_that_another_has_made_meanwhile_is_found_made(
