@@ -32,7 +32,8 @@ _SETTLE_S = 0.2  # in which two that start at once have both written, and the la
 def claimed(output: str, job: str) -> Iterator[None]:
     """The directory is this process's while the block runs. InputError where another such job is at work there."""
     uri = storage.join(output, CLAIM)
-    _wait_for_the_dead(uri, output, job)
+    if (found := _at_work(uri, output, job)) is not None:
+        raise _refusal(output, found, job)
     mine = {"driver": uuid.uuid4().hex, "machine": _machine(), "pid": os.getpid(), "beat": 0}
     storage.write_json(uri, mine)
     time.sleep(_SETTLE_S)
@@ -49,17 +50,31 @@ def claimed(output: str, job: str) -> Iterator[None]:
         thread.join()
         found = _read(uri)
         if found is not None and found["driver"] == mine["driver"]:
-            storage.delete(uri)
-            for name in storage.list_names(output):
-                if name.startswith(f".{CLAIM}."):  # by a driver that was killed while it wrote
-                    storage.delete(storage.join(output, name))
+            _delete(output)
 
 
-def _wait_for_the_dead(uri: str, output: str, job: str) -> None:
-    """Returns when nobody is at work; within a beat raises where somebody is."""
+def clear_dead(output: str, job: str) -> None:
+    """Deletes the claim of a driver that was killed when all was done; that of one that lives stays."""
+    if _names(output) and _at_work(storage.join(output, CLAIM), output, job) is None:
+        _delete(output)
+
+
+def _names(output: str) -> list[str]:
+    """The claim, and what drivers left that were killed while they wrote theirs."""
+    return [name for name in storage.list_names(output) if name == CLAIM or name.startswith(f".{CLAIM}.")]
+
+
+def _delete(output: str) -> None:
+    for name in _names(output):
+        with contextlib.suppress(FileNotFoundError):  # another does the same
+            storage.delete(storage.join(output, name))
+
+
+def _at_work(uri: str, output: str, job: str) -> dict[str, Any] | None:
+    """The claim of the driver that is at work, within a beat; None, later, where nobody is."""
     first = _read(uri)
     if first is None or _is_dead(first):
-        return
+        return None
     log.info(
         "another %s, process %s, may be at work on %s; looking for up to %.0f s", job, first["pid"], output, STALE_S
     )
@@ -67,10 +82,9 @@ def _wait_for_the_dead(uri: str, output: str, job: str) -> None:
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT_S))
         found = _read(uri)
-        if found is None:
-            return
-        if found != first:
-            raise _refusal(output, found, job)
+        if found is None or found != first:
+            return found
+    return None
 
 
 def _refusal(output: str, found: dict[str, Any], job: str) -> InputError:

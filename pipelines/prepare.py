@@ -3,10 +3,11 @@
     python pipelines/prepare.py --input books/ --output store --tokenizer bytes --segment-len 512
 
 Reads .txt, .txt.gz, .jsonl (`text`, optional `id`) and .parquet (columns `text`, optional `id`) from disk or
-s3://. A document stays whole and in order in one Parquet file; nothing of it is truncated, and what cannot be
-read exactly goes to errors.jsonl. The same command again does nothing; other settings on the same output are
-refused. An interrupted run, however it ended, is gone on with by the same command: work units that are finished are
-kept, and the store is the same to the byte as that of a run that was not interrupted.
+s3://. Ids that are not given are made of the files' names, and of as much of their paths as tells equal names apart.
+A document stays whole and in order in one Parquet file; nothing of it is truncated, and what cannot be read exactly
+goes to errors.jsonl. The same command again does nothing; other settings on the same output are refused. An
+interrupted run, however it ended, is gone on with by the same command: work units that are finished are kept, and the
+store is the same to the byte as that of a run that was not interrupted.
 """
 
 import sys
@@ -28,7 +29,7 @@ import ray
 import ray.data
 
 from pipelines import storage
-from pipelines.claim import claimed
+from pipelines.claim import claimed, clear_dead
 from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, StrictError, fingerprint
 from pipelines.data import inputs, progress, segment, spreading, store
@@ -76,19 +77,21 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     content = store.read_store_json(output)
     if content is None:
         progress.check(output)
+        units = _units(files, output, config.segment_len, tokenizer)
         with claimed(output, "prepare"):
             content = store.read_store_json(output)  # another may have made it meanwhile
             if content is None:
-                return _summary(output, _make(output, config, tokenizer, files), strict=config.strict)
+                return _summary(output, _make(output, config, tokenizer, units), strict=config.strict)
     _refuse_other_use(output, content, config, tokenizer, files)
     progress.clear(output)
+    clear_dead(output, "prepare")
     log.info("%s is already made from this input with these settings: nothing to do", output)
     return _summary(output, content, strict=config.strict)
 
 
-def _make(output: str, config: PrepareConfig, tokenizer: Tokenizer, files: list[FileEntry]) -> dict[str, Any]:
+def _make(output: str, config: PrepareConfig, tokenizer: Tokenizer, units: list[Unit]) -> dict[str, Any]:
     """Makes the store; the content of its store.json."""
-    units = _units(files, output, config.segment_len, tokenizer)
+    files = [file for unit in units for file in unit.files]
     identity = fingerprint([_settings(config.segment_len, tokenizer.fingerprint), files])
     stale = progress.stale(output, identity, len(units))
     log.info("reading %d files as %d work units", len(files), len(units))
@@ -109,6 +112,7 @@ def _settings(segment_len: int, tokenizer_fingerprint: str) -> dict[str, Any]:
 def _refuse_other_use(
     output: str, content: dict[str, Any], config: PrepareConfig, tokenizer: Tokenizer, files: list[FileEntry]
 ) -> None:
+    store.check_keys(output, content, _SHOWN_KEYS)
     differences = []
     if content["segment_len"] != config.segment_len:
         differences.append(f"segment_len {content['segment_len']} there, {config.segment_len} asked for")
@@ -116,13 +120,23 @@ def _refuse_other_use(
     if there != tokenizer.fingerprint:
         asked = tokenizer.fingerprint[:16]
         differences.append(f"tokenizer {there[:16]} there, {asked} ({config.tokenizer}) asked for")
-    before = [InputFile(**entry) for entry in storage.read_json(storage.join(output, store.INPUTS))]
-    if (difference := inputs.difference(before, files)) is not None:
+    if (difference := inputs.difference(_inputs_there(output), files)) is not None:
         differences.append(f"other input ({difference})")
     if differences:
         raise InputError(
             f"{output} is a finished store made otherwise: {'; '.join(differences)}; give another --output or delete it"
         )
+
+
+def _inputs_there(output: str) -> list[InputFile]:
+    """What a finished store was made of; InputError where its file does not say."""
+    file = storage.join(output, store.INPUTS)
+    try:
+        return [InputFile(**entry) for entry in storage.read_json(file)]
+    except storage.StorageError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(store.unusable(file, error)) from error
 
 
 def _begin(output: str, about: dict[str, Any], tokenizer: Tokenizer, stale: list[str]) -> None:
@@ -143,8 +157,16 @@ def _begin(output: str, about: dict[str, Any], tokenizer: Tokenizer, stale: list
 
 
 def _units(files: list[FileEntry], output: str, segment_len: int, tokenizer: Tokenizer) -> list[Unit]:
-    groups = inputs.plan_units(files)
-    return [Unit(n, group, output, segment_len, tokenizer.fingerprint) for n, group in enumerate(groups)]
+    """The work; InputError where files would give their documents the same ids."""
+    callings = inputs.distinct_callings(files)
+    if callings:
+        example = min(callings.values())
+        log.info("%d files have names that others have too; their documents' ids tell more: %s", len(callings), example)
+    units: list[Unit] = []
+    for group in inputs.plan_units(files):
+        of_group = {file.uri: callings[file.uri] for file in group if file.uri in callings}
+        units.append(Unit(len(units), group, output, segment_len, tokenizer.fingerprint, of_group or None))
+    return units
 
 
 def _run(units: list[Unit]) -> list[UnitResult]:

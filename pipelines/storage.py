@@ -46,6 +46,7 @@ __all__ = [
     "is_s3",
     "join",
     "list_names",
+    "list_sizes",
     "local_directory",
     "local_file",
     "read_bytes",
@@ -75,10 +76,18 @@ def is_directory(uri: str) -> bool:
 
 def list_names(uri: str) -> list[str]:
     """The names directly in a directory, sorted; none where there is no such directory."""
+    return sorted(info.base_name for info in _listed(uri))
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """The files directly in a directory: name -> bytes; none where there is no such directory."""
+    return {info.base_name: info.size for info in _listed(uri) if info.type == pyarrow.fs.FileType.File}
+
+
+def _listed(uri: str) -> list[pyarrow.fs.FileInfo]:
     files, path = filesystem(uri)
     with _faults(uri):
-        found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found)
+        return files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
 
 
 def delete(uri: str) -> None:

@@ -4,7 +4,7 @@ A batch is part of one long document, or many short documents: either way about 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipelines.data.inputs import InputFile
@@ -49,12 +49,17 @@ Event = Begun | Piece | Ended | Failed | Closed
 Batch = list[Event]
 
 
-def batches(tokenizer: Encodes, files: Iterable[FileEntry]) -> Iterator[Batch]:
-    """All events of the files, in order; each batch but the last of about `BATCH_CHARS` characters."""
+def batches(
+    tokenizer: Encodes, files: Iterable[FileEntry], callings: Mapping[str, str] | None = None
+) -> Iterator[Batch]:
+    """All events of the files, in order; each batch but the last of about `BATCH_CHARS` characters.
+
+    `callings`: URI -> what a file gives its documents' ids, where that is not what its name says.
+    """
     batch: Batch = []
     num_chars = 0
     for file in files:
-        for event in _of_file(tokenizer, file):
+        for event in _of_file(tokenizer, file, (callings or {}).get(file.uri)):
             batch.append(event)
             num_chars += len(event.text) if isinstance(event, Piece) else 0
             if num_chars >= BATCH_CHARS or len(batch) >= _BATCH_EVENTS:
@@ -69,11 +74,11 @@ def pieces_of(batch: Sequence[Event]) -> list[Piece]:
     return [event for event in batch if isinstance(event, Piece)]
 
 
-def _of_file(tokenizer: Encodes, file: FileEntry) -> Iterator[Event]:
+def _of_file(tokenizer: Encodes, file: FileEntry, called: str | None) -> Iterator[Event]:
     line = document_id = source = None
     try:
         source = Source(file.uri)
-        for found in read_documents(file.uri, file.name, source):
+        for found in read_documents(file.uri, file.name, source, called):
             line, document_id = found.line, found.document_id
             if isinstance(found, Fault):
                 yield Failed(file.uri, found)

@@ -1,10 +1,11 @@
 """What a preparation reads: work units, and whether an earlier one read the same."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pipelines.config import fingerprint
-from pipelines.data.read import file_sha256
+from pipelines.config import InputError, fingerprint
+from pipelines.data.read import calling, file_sha256
 from pipelines.storage import FileEntry
 
 UNIT_BYTES = 32 * 1024**2
@@ -34,6 +35,37 @@ def plan_units(files: Sequence[FileEntry]) -> list[list[FileEntry]]:
         units[-1].append(file)
         room -= size
     return units
+
+
+def distinct_callings(files: Sequence[FileEntry]) -> dict[str, str]:
+    """URI -> what a file gives its documents' ids, for those whose names alone would give what another's does.
+
+    Of equal names it is as much of the paths as tells them apart; names that differ in their suffixes keep these.
+    InputError where two remain the same.
+    """
+    there = {file.uri: file for file in files if file.num_bytes > 0}
+    alike = _repeated(calling(uri) for uri in there)
+    own = {uri: file.name if calling(uri) in alike else calling(file.name) for uri, file in there.items()}
+    found, depths = own, Counter[str]()
+    while repeated := _repeated(found.values()):
+        same = [uri for uri, called in found.items() if called in repeated]
+        depths.update(same)
+        longer = {uri: _below(there[uri], own[uri], depths[uri]) for uri in same}
+        if longer.items() <= found.items():
+            pair = sorted(uri for uri in same if found[uri] == found[same[0]])[:2]
+            raise InputError(f"{' and '.join(pair)} would give their documents the same ids; rename one of them")
+        found = found | longer
+    return {uri: called for uri, called in found.items() if called != calling(there[uri].name)}
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def _below(file: FileEntry, called: str, depth: int) -> str:
+    """A file's calling behind the names of that many directories above what it was found by, if there are so many."""
+    above = file.uri.removesuffix(file.name).rstrip("/").split("/")
+    return "/".join([*above[-depth:], called])
 
 
 def input_fingerprint(files: Sequence[InputFile]) -> str:

@@ -4,7 +4,8 @@ A cut is chosen where tokenising a window of the text as one and as two halves g
 proof: what stands before the window could reach into it (runs of a pattern that a tokenizer merges in pairs, pieces of
 fixed length). So when both pieces are tokenised, the tokens on both sides of the cut must be those of the window;
 where they are not, the two pieces become one. For byte-pair encoding two neighbours that stay apart in one text stay
-apart in every text, so that this settles it.
+apart in every text, so that this settles it; so its texts may be cut within words too, where there is no other place
+and the tokenizer does not count how far a word has come.
 
 A piece is tokenised behind a few characters of what stands before it, whose tokens are taken off again: many
 tokenizers mark the beginning of whatever they are given.
@@ -27,6 +28,7 @@ class Encodes(Protocol):
     """The part of a tokenizer that is needed here."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def cuts_between(self, left: str, right: str) -> bool: ...  # characters of one kind, where their tokens allow it
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> "Difference | None": ...
     def remedy(self) -> str: ...
 
@@ -82,7 +84,8 @@ def difference(text: str, back: str) -> Difference | None:
 def cut(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[Piece]:
     """One text that comes in parts, as pieces of about `PIECE_CHARS`; no piece of an empty text.
 
-    A piece grows where no place to cut is found near its wanted end.
+    A piece grows where no place to cut is found near its wanted end: in runs of one letter, or in words without an end
+    that the tokenizer does not let be cut.
     """
     buffer, context, wanted = "", "", PIECE_CHARS
     first: tuple[int, ...] = ()
@@ -124,6 +127,17 @@ def _find_joint(tokenizer: Encodes, text: str, end: int) -> _Joint | None:
             tries += 1
             if tries % _TRIES == 0:
                 break
+    return _joint_in_word(tokenizer, text, end)
+
+
+def _joint_in_word(tokenizer: Encodes, text: str, end: int) -> _Joint | None:
+    """The last place to cut before `end`, of few; it has to be one for two windows, which tell of patterns."""
+    for at in range(end, max(1, end - _TRIES), -1):
+        if not tokenizer.cuts_between(text[at - 1], text[at]):
+            continue
+        joint = _joint(tokenizer, text, at)
+        if joint is not None and _joint(tokenizer, text, at, shorter=1) is not None:
+            return joint
     return None
 
 
@@ -133,9 +147,12 @@ def _kind(char: str) -> str:
     return "a" if char.isalpha() else "0" if char.isnumeric() else "."
 
 
-def _joint(tokenizer: Encodes, text: str, at: int) -> _Joint | None:
-    """What a cut at `at` would be; None where the tokens of its window are not those of its halves."""
-    left, right = text[max(0, at - _WINDOW_CHARS) : at], text[at : at + _WINDOW_CHARS]
+def _joint(tokenizer: Encodes, text: str, at: int, shorter: int = 0) -> _Joint | None:
+    """What a cut at `at` would be; None where the tokens of its window are not those of its halves.
+
+    The window begins `shorter` characters later.
+    """
+    left, right = text[max(0, at - _WINDOW_CHARS + shorter) : at], text[at : at + _WINDOW_CHARS]
     context = left[-_CONTEXT_CHARS:]
     both, before, head, behind = tokenizer.encode_batch([left + right, left, context, context + right])
     after = behind[len(head) :]
@@ -171,11 +188,15 @@ def _texts(piece: Piece) -> list[str]:
 
 
 class Joining:
-    """Puts the pieces of one document together; each comes out when the one behind it is found to fit."""
+    """Puts the pieces of one document together; each comes out when the one behind it is found to fit.
+
+    One that grows is tokenised again only when it has grown by half: in all, that is a few times the text.
+    """
 
     def __init__(self, tokenizer: Encodes) -> None:
         self._tokenizer = tokenizer
         self._held: tuple[Piece, Encoded] | None = None
+        self._behind: list[Piece] = []  # what the one that is held is to become one with
         self._num_chars = 0
 
     def add(self, piece: Piece, encoded: Encoded) -> np.ndarray | None:
@@ -184,18 +205,28 @@ class Joining:
             self._held = piece, encoded
             return None
         before, tokens = self._held
-        if tokens.fits_after and encoded.fits_before:
+        if not self._behind and tokens.fits_after and encoded.fits_before:
             self._held = piece, encoded
             return self._settled(before, tokens)
-        whole = Piece(before.text + piece.text, before.context, before.first, piece.last)
+        self._behind.append(piece)
+        if 2 * sum(len(each.text) for each in self._behind) >= len(before.text):
+            self._unite(before)
+        return None
+
+    def _unite(self, before: Piece) -> None:
+        """Makes one piece of the one that is held and those behind it."""
+        behind, self._behind = self._behind, []
+        text = "".join([before.text, *(piece.text for piece in behind)])
+        whole = Piece(text, before.context, before.first, behind[-1].last)
         (again,) = encode(self._tokenizer, [whole])
         if not again.fits_before:
             raise RuntimeError("a text was cut where its tokens depend on what is farther away; this is a fault here")
         self._held = whole, again
-        return None
 
     def end(self) -> np.ndarray | None:
         """The last tokens; None for an empty text."""
+        if self._held is not None and self._behind:
+            self._unite(self._held[0])
         held, self._held = self._held, None
         return None if held is None else self._settled(*held)
 

@@ -91,24 +91,34 @@ def file_sha256(uri: str) -> str | None:
         return None
 
 
-def read_documents(uri: str, name: str, source: Source) -> Iterator[Document | Fault]:
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".parquet")
+
+
+def read_documents(uri: str, name: str, source: Source, called: str | None = None) -> Iterator[Document | Fault]:
     """The documents of a file, each to be read before the next is asked for.
 
-    `name` gives ids where the file has none: without its suffix for a text file, `name:line` otherwise.
-    `source` is the opened file. May raise UnreadableError itself, between documents.
+    `called` (none: what `calling` makes of its name) gives ids where the file has none: itself for a text file,
+    `called:line` otherwise. `source` is the opened file. May raise UnreadableError itself, between documents.
     """
     lower = name.lower()
+    called = calling(name) if called is None else called
     if lower.endswith(".txt"):
-        yield Document(name[: -len(".txt")] or name, None, source.chunks())
+        yield Document(called, None, source.chunks())
     elif lower.endswith(".txt.gz"):
-        yield Document(name[: -len(".txt.gz")] or name, None, _gunzip(source))
+        yield Document(called, None, _gunzip(source))
     elif lower.endswith(".jsonl"):
-        yield from _json_lines(name, source)
+        yield from _json_lines(called, source)
     else:
-        yield from parquet_rows(uri, name)
+        yield from parquet_rows(uri, called)
 
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".parquet")
+def calling(name: str) -> str:
+    """What a file of this name gives its documents' ids: a text file's without its suffix."""
+    lower = name.lower()
+    for suffix in (".txt", ".txt.gz"):
+        if lower.endswith(suffix):
+            return name[: -len(suffix)] or name
+    return name
 
 
 def _gunzip(source: Source) -> Iterator[bytes]:

@@ -35,6 +35,7 @@ class Unit(NamedTuple):
     output: str  # URI of the store, which already holds the tokenizer
     segment_len: int  # tokens
     tokenizer_fingerprint: str
+    callings: dict[str, str] | None = None  # URI -> what gives its documents' ids, where that is not the file's name
 
 
 class UnitResult(NamedTuple):
@@ -59,7 +60,7 @@ def write_unit(unit: Unit, encode_batches: EncodeBatches | None = None) -> UnitR
     encode_batches = encode_batches or functools.partial(_encode_here, tokenizer)
     with contextlib.suppress(_NoDocumentError), contextlib.ExitStack() as stack:
         part = _Part(unit, tokenizer, stack)
-        for batch, encoded in encode_batches(batches(tokenizer, unit.files)):
+        for batch, encoded in encode_batches(batches(tokenizer, unit.files, unit.callings)):
             part.add(batch, encoded)
         part.close()
     return part.result

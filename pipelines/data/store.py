@@ -8,14 +8,16 @@
     store.json                   settings, counts and fingerprints; written last: without it there is no store
 
 A file of numbers k is missing where nothing of its input became a document. Row groups hold at most about
-`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is. Pages carry
-checksums, which are verified when they are read.
+`ROW_GROUP_TOKENS` tokens, so that reading a few segments costs little however long the document is. Those read last
+are kept, so that many who read one file by turns read each of them once. Pages carry checksums, which are verified when
+they are read.
 """
 
+import contextlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config import InputError, fingerprint
 from pipelines.data.tokenise import Tokenizer, load_tokenizer
+from pipelines.stores.faults import shown
 from pipelines.stores.transfer import beside
 
 FORMAT = 1
@@ -48,6 +51,8 @@ _IDENTITY = (  # what a store is, wherever it lies
 )
 _ROW_GROUP_ROWS = 2**14  # also bounded where segments are very short
 _OPEN_FILES = 64
+_KEPT_BYTES = 2**27  # of a store's row groups, in memory: about 128
+_REMEDY = "copy the store again, or delete it and prepare it again"
 
 SEGMENTS_SCHEMA = pa.schema([("document_id", pa.string()), ("segment", pa.int32()), ("tokens", pa.list_(pa.int32()))])
 MANIFEST_SCHEMA = pa.schema(
@@ -225,11 +230,51 @@ def read_store_json(uri: str) -> dict[str, Any] | None:
         raise InputError(f"{file} is not a segment store's: {error}") from error
     if number != FORMAT:
         raise InputError(f"{uri} is a store of format {number}, this program reads {FORMAT}; prepare it again")
+    check_keys(uri, content, _IDENTITY)
     return content
 
 
+def check_keys(uri: str, content: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """InputError where store.json does not say all of this."""
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise InputError(f"{storage.join(uri, STORE)} is damaged: it does not say {', '.join(missing)}; {_REMEDY}")
+
+
+def unusable(file: str, error: Exception) -> str:
+    """What is wrong with a store's file that cannot be read, and what to do about it."""
+    if isinstance(error, FileNotFoundError):
+        return f"{file} is missing; {_REMEDY}"
+    return f"{file} is damaged ({shown(error)}); {_REMEDY}"
+
+
+def _read_manifest(uri: str) -> list[DocumentEntry]:
+    """InputError where it is not there, or not as it was written."""
+    file = storage.join(uri, MANIFEST)
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(file)), page_checksum_verification=True)
+        columns = [table[name].to_pylist() for name in DocumentEntry._fields]
+    except storage.StorageError:
+        raise
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise InputError(unusable(file, error)) from error
+    return [DocumentEntry(*row) for row in zip(*columns, strict=True)]
+
+
+def _check_parts(uri: str, documents: Iterable[DocumentEntry]) -> None:
+    """InputError where segment files of the manifest are not there."""
+    sizes = storage.list_sizes(uri)
+    missing = [name for name in dict.fromkeys(document.file for document in documents) if not sizes.get(name)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{uri} is incomplete: {missing[0]}{more} should be there, and not empty; {_REMEDY}")
+
+
 class SegmentStore:
-    """A finished store, read segment by segment. Use one object from one thread."""
+    """A finished store, read segment by segment. Use one object from one thread.
+
+    InputError where there is none, or a file of it is missing.
+    """
 
     shares = ()  # one store: every document as often as any other
 
@@ -242,11 +287,10 @@ class SegmentStore:
         self.segment_len: int = content["segment_len"]
         self.tokenizer_fingerprint: str = content["tokenizer_fingerprint"]
         self.fingerprint: str = fingerprint({key: content[key] for key in _IDENTITY})
-        manifest = io.BytesIO(storage.read_bytes(storage.join(self.uri, MANIFEST)))
-        table = pq.read_table(manifest, page_checksum_verification=True)
-        columns = [table[name].to_pylist() for name in DocumentEntry._fields]
-        self.manifest = [DocumentEntry(*row) for row in zip(*columns, strict=True)]
+        self.manifest = _read_manifest(self.uri)
+        _check_parts(self.uri, self.manifest)
         self._parts: OrderedDict[str, _Part] = OrderedDict()
+        self._groups = _Groups()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that the store was made with; InputError where another one lies there."""
@@ -261,50 +305,97 @@ class SegmentStore:
     def read(self, document: DocumentEntry, start: int, stop: int) -> np.ndarray:
         """The tokens of segments start .. stop-1 of a document, joined: (T,) int32, a copy.
 
-        All of these segments must exist (IndexError). Reads the row groups that hold them, and keeps the last
-        one of each file for the next call.
+        All of these segments must exist (IndexError); DamagedError where their file is not as it was written. Reads
+        the row groups that hold them, unless they are among the `_KEPT_BYTES` that were read last.
         """
         if not 0 <= start <= stop <= document.num_segments:
             raise IndexError(f"segments {start}..{stop} of {document.document_id!r}, which has {document.num_segments}")
         part = self._parts.pop(document.file, None)
         if part is None:
-            part = _Part(storage.join(self.uri, document.file))
+            part = _Part(storage.join(self.uri, document.file), self._groups)
         self._parts[document.file] = part
         if len(self._parts) > _OPEN_FILES:
             self._parts.popitem(last=False)[1].close()
         return part.rows(document.row_offset + start, document.row_offset + stop)
 
 
-class _Part:
-    """An open segment file and its last row group."""
+class _Group(NamedTuple):
+    """A row group in memory."""
 
-    def __init__(self, uri: str) -> None:
+    tokens: np.ndarray  # (T,) int32, of all its rows
+    offsets: np.ndarray  # (rows + 1,) int32, where each row begins and the last one ends
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tokens.nbytes + self.offsets.nbytes
+
+
+class _Groups:
+    """The row groups of a store's files that were asked for last, `_KEPT_BYTES` of them; always one."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._kept: OrderedDict[tuple[str, int], _Group] = OrderedDict()
+
+    def get(self, uri: str, number: int, read: Callable[[int], _Group]) -> _Group:
+        """A file's row group, read where it is not kept."""
+        found = self._kept.pop((uri, number), None)
+        if found is None:
+            found = read(number)
+            self.num_bytes += found.num_bytes
+        self._kept[uri, number] = found
+        while self.num_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            self.num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+        return found
+
+
+class _Part:
+    """An open segment file."""
+
+    def __init__(self, uri: str, groups: _Groups) -> None:
+        self._uri = uri
+        self._groups = groups
         files, path = storage.filesystem(uri)
-        self._source = files.open_input_file(path)
-        self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
+        with _damage(uri):
+            self._source = files.open_input_file(path)
+            self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._group = -1
-        self._tokens = self._offsets = np.zeros(0, dtype=np.int32)
 
     def close(self) -> None:
         self._file.close()
         self._source.close()
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        if stop > self._starts[-1]:
+            raise storage.DamagedError(
+                f"{self._uri} is of another store: it holds {self._starts[-1]} segments, not {stop} or more; {_REMEDY}"
+            )
         pieces = []
         while start < stop:
-            group = int(np.searchsorted(self._starts, start, side="right")) - 1
-            if group != self._group:
-                table = self._file.read_row_group(group, columns=["tokens"]).combine_chunks()
-                self._tokens, self._offsets = _flat(table)
-                self._group = group
-            first = int(self._starts[group])
-            end = min(stop, int(self._starts[group + 1]))
-            pieces.append(self._tokens[self._offsets[start - first] : self._offsets[end - first]])
+            number = int(np.searchsorted(self._starts, start, side="right")) - 1
+            group = self._groups.get(self._uri, number, self._read)
+            first = int(self._starts[number])
+            end = min(stop, int(self._starts[number + 1]))
+            pieces.append(group.tokens[group.offsets[start - first] : group.offsets[end - first]])
             start = end
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+
+    def _read(self, number: int) -> _Group:
+        with _damage(self._uri):
+            return _Group(*_flat(self._file.read_row_group(number, columns=["tokens"]).combine_chunks()))
+
+
+@contextlib.contextmanager
+def _damage(uri: str) -> Iterator[None]:
+    """Turns what keeps a segment file from being read into a DamagedError that names it; a store's fault stays one."""
+    try:
+        yield
+    except storage.StorageError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise storage.DamagedError(unusable(uri, error)) from error
 
 
 def _flat(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ no code is loaded, no special tokens are added; truncation, padding and dropout 
 import codecs
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,9 @@ from pipelines.data.words import BYTE_CHARACTERS, words_of
 
 __all__ = ["ByteTokenizer", "JsonTokenizer", "LossyTextError", "Tokenizer", "encode_chunks", "load_tokenizer"]
 
+# Pre-tokenizers that find where words end by a few characters there; a pattern of `Split` may count, too.
+_LOCAL = {"ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "Split", "Whitespace"}
+_COUNTED_DIGITS = r"\p{N}{1,3}"
 # Normalizers that rewrite characters; others only mark where words begin.
 _REWRITE = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents"}
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>")
@@ -40,6 +44,7 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+    def cuts_between(self, left: str, right: str) -> bool: ...  # two characters of one kind
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None: ...
     def remedy(self) -> str: ...  # what to do about texts that come back changed
     def save_pretrained(self, directory: str | Path) -> None: ...  # tokenizer.json and tokenizer_config.json
@@ -84,6 +89,10 @@ class ByteTokenizer:
         head, *rest = (part[part != self.eos_id].astype(np.uint8).tobytes() for part in parts)
         return head + b"".join(b"<eos>" + part for part in rest)
 
+    def cuts_between(self, left: str, right: str) -> bool:
+        """Bytes stay what they are beside any other."""
+        return True
+
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None:
         """None: bytes give every text back."""
         return None
@@ -117,6 +126,7 @@ class JsonTokenizer:
         self.own_names: Sequence[str] = [
             token["content"] for token in added if token.get("special") and token["content"]
         ]
+        self._cuts_words, self._counts_digits = _cuts_words(content)
         self._chat = chat if chat.bos_token in vocabulary else chat._replace(bos_token=None)
 
     def encode(self, text: str) -> np.ndarray:
@@ -136,6 +146,14 @@ class JsonTokenizer:
         if self._token_bytes is None:
             return self.decode(ids).encode()
         return b"".join(self._token_bytes.take(_as_ids(ids)).tolist())
+
+    def cuts_between(self, left: str, right: str) -> bool:
+        """Whether a text may be cut between two such characters where the tokens around them are the same then.
+
+        Not in numbers whose digits are counted: their tokens may not tell, and those that follow would be others.
+        """
+        counted = self._counts_digits and left.isnumeric() and right.isnumeric()
+        return self._cuts_words and not counted and not left.isspace()
 
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> Difference | None:
         """Where decoding `ids` (T,) does not give `text` back; `before` are the tokens of what stands before it."""
@@ -279,6 +297,25 @@ def _types(part: Any) -> list[str]:
     if part.get("type") == "Sequence":
         return [name for value in part.values() if isinstance(value, list) for one in value for name in _types(one)]
     return [str(part.get("type"))]
+
+
+def _cuts_words(content: dict[str, Any]) -> tuple[bool, bool]:
+    """(whether words, but for numbers, may be cut: of byte-pair encoding, where none ends by its length; whether the
+    digits of numbers are counted)."""
+    before = content.get("pre_tokenizer")
+    patterns = _patterns(before)
+    counts = any(re.search(r"\{\d+(,\d*)?\}", pattern.replace(_COUNTED_DIGITS, "")) for pattern in patterns)
+    is_bpe = (content.get("model") or {}).get("type") == "BPE"
+    is_local = _LOCAL.issuperset(_types(before)) and not counts
+    return is_bpe and is_local, any(_COUNTED_DIGITS in pattern for pattern in patterns)
+
+
+def _patterns(part: Any) -> list[str]:
+    """The regular expressions of a pre-tokenizer and of those that it consists of."""
+    if not isinstance(part, dict):
+        return []
+    within = [pattern for one in part.get("pretokenizers") or [] for pattern in _patterns(one)]
+    return [*within, *([part["pattern"]["Regex"]] if "Regex" in (part.get("pattern") or {}) else [])]
 
 
 def _byte_tokenizer_json() -> dict[str, Any]:

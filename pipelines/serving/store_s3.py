@@ -30,10 +30,10 @@ class S3Store:
         import boto3
         from botocore.config import Config
 
-        storage.absolute(uri)  # refuses credentials in it
         self.bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
         if not self.bucket:
             raise InputError(f"session store {uri}: needs a bucket, s3://bucket/prefix")
+        storage.absolute(uri)  # refuses credentials in it
         self.prefix = f"{prefix}/" if prefix else ""
         self._how = s3.settings()
         config = Config(

@@ -29,6 +29,8 @@ def absolute(uri: str) -> str:
 
 def _check(uri: str) -> None:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise InputError(f"{uri}: needs a bucket, s3://bucket/key; look whether a variable in it is empty")
     if "@" in bucket or ("@" in key.partition("/")[0] and ":" in bucket) or "secret_key=" in uri:
         raise InputError(  # not shown: it would end in logs and results
             "an s3:// path holds credentials; take them out of it, and set AWS_ACCESS_KEY_ID and "
@@ -41,10 +43,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), absolute(uri)
     _check(uri)
-    path = uri.removeprefix("s3://").rstrip("/")
-    if not path.split("/")[0]:
-        raise InputError(f"{uri}: needs a bucket, s3://bucket/key")
-    return _steady(s3.settings()), path
+    return _steady(s3.settings()), uri.removeprefix("s3://").rstrip("/")
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines import claim, storage
-from pipelines.claim import CLAIM, claimed
+from pipelines.claim import CLAIM, claimed, clear_dead
 from pipelines.config import InputError
 
 
@@ -87,3 +87,15 @@ def test_what_a_killed_driver_was_writing_goes_too(tmp_path: Path) -> None:
     with claimed(str(tmp_path), "train"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claim_of_the_dead_is_cleared_and_that_of_the_living_stays(tmp_path: Path) -> None:
+    for changes in ({}, {"machine": "elsewhere pid:[1]"}):
+        leave(str(tmp_path), **changes)
+        (tmp_path / f".{CLAIM}.0123abcd.tmp").write_text("{")
+        (tmp_path / "done.json").write_text("{}")
+        clear_dead(str(tmp_path), "train")
+        assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+    with claimed(str(tmp_path), "train"):
+        clear_dead(str(tmp_path), "train")
+        assert (tmp_path / CLAIM).exists()

@@ -161,13 +161,98 @@ def test_any_merges_on_any_text_with_windows_that_see_little(seed: int, monkeypa
     assert np.array_equal(np.concatenate(parts), tokenizer.encode(text))
 
 
-def test_a_text_without_a_place_to_cut_is_tokenised_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_word(num_letters: int) -> str:
+    """A text of one kind of characters."""
+    return "".join(np.random.default_rng(0).choice(list("etao"), num_letters))
+
+
+@pytest.mark.parametrize("build", ["bytes", "byte_level", "llama_3", "llama_2"])
+def test_a_word_without_an_end_is_cut_too(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 3000)
+    tokenizer, text = BUILDS[build](), one_word(30_000)
+    found = list(pieces.cut(tokenizer, [text[:20_000], text[20_000:]]))
+    assert "".join(piece.text for piece in found) == text
+    assert max(len(piece.text) for piece in found) <= 3000 + pieces._WINDOW_CHARS
+    parts = list(encode_chunks(tokenizer, [text.encode()]))
+    assert len(parts) == len(found)
+    assert np.array_equal(np.concatenate(parts), tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("build", ["byte_level", "llama_3", "llama_2"])
+def test_runs_whose_words_are_counted_keep_their_tokens(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number is cut into threes from its beginning: where few threes are tokens, a window does not tell."""
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 700)
+    monkeypatch.setattr(pieces, "_WINDOW_CHARS", 64)
+    tokenizer = BUILDS[build]()
+    for letters in ("0123456789", "\n ", "-=.", "e\u0301a"):
+        text = "".join(np.random.default_rng(0).choice(list(letters), 9000))
+        parts = list(encode_chunks(tokenizer, [text.encode()]))
+        assert np.array_equal(np.concatenate(parts), tokenizer.encode(text)), letters
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "allowed"),
+    [
+        (None, {"ab", "12", "1a"}),
+        ({"type": "Digits", "individual_digits": False}, {"ab", "12", "1a"}),
+        (split(r"\p{N}+|\p{L}+"), {"ab", "12", "1a"}),
+        (split(r"\p{N}{1,3}|\p{L}+"), {"ab", "1a"}),
+        (split(r"\p{N}{1,3}|\p{L}{1,9}"), set()),
+        ({"type": "FixedLength", "length": 4}, set()),
+        ({"type": "UnicodeScripts"}, set()),
+    ],
+)
+def test_words_are_cut_where_nothing_is_counted(pre_tokenizer: Any, allowed: set[str]) -> None:
+    base = tokenise._byte_tokenizer_json()
+    parts = [part for part in (pre_tokenizer, base["pre_tokenizer"]) if part is not None]
+    tokenizer = JsonTokenizer({**base, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}, None)
+    assert {pair for pair in ("ab", "12", "1a", " a", "  ") if tokenizer.cuts_between(*pair)} == allowed
+
+
+def test_bytes_are_cut_at_any_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARS", 3000)
+    assert ByteTokenizer().cuts_between(" ", " ")
+    text = "\U0001f40b" * 10_000
+    parts = list(encode_chunks(ByteTokenizer(), [text.encode()]))
+    assert [len(part) for part in parts] == [12_000, 12_000, 12_000, 4000]
+    assert ByteTokenizer().decode(np.concatenate(parts)) == text
+
+
+@pytest.mark.parametrize("build", ["run", "metaspace_always"])
+def test_a_text_without_a_place_to_cut_is_tokenised_whole(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the pairs of a run begin only its first letter tells; the best words of a text, all of it."""
     monkeypatch.setattr(pieces, "PIECE_CHARS", 1000)
-    tokenizer = byte_level()
-    text = "abcde" * 2000
+    is_run = build == "run"
+    tokenizer = pairs([("a", "a"), ("aa", "aa")], "ab") if is_run else BUILDS[build]()
+    text = "b" + "a" * 10_000 if is_run else "t" + one_word(10_000)
     parts = list(encode_chunks(tokenizer, [text.encode()]))
     assert len(parts) == 1
     assert np.array_equal(parts[0], tokenizer.encode(text))
+
+
+def test_pieces_that_never_fit_are_not_tokenised_again_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every window sees an even number of pairs, where there is an odd one."""
+    tokenizer = pairs([("a", "b"), ("ab", "ab"), ("ab", ".")], "ab.")
+    part = "." + "ab" * 101
+    monkeypatch.setattr(pieces, "PIECE_CHARS", len(part))
+    monkeypatch.setattr(pieces, "_WINDOW_CHARS", 64)
+    monkeypatch.setattr(pieces, "_SEARCH_CHARS", 1)
+    num_chars = 0
+
+    def counted(tokenizer: Any, found: list[Piece], encode: Any = pieces.encode) -> Any:
+        nonlocal num_chars
+        num_chars += sum(len(piece.text) for piece in found)
+        return encode(tokenizer, found)
+
+    monkeypatch.setattr(pieces, "encode", counted)
+    text = part * 100
+    (whole,) = encode_chunks(tokenizer, [text.encode()])
+    assert np.array_equal(whole, tokenizer.encode(text))
+    assert num_chars < 6 * len(text)
 
 
 def test_a_special_token_across_words_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import claim, prepare, storage
+from pipelines.config import InputError
 from pipelines.data import inputs, progress, segment, store
 from pipelines.data.inputs import InputFile, plan_units
 from pipelines.data.read import SUFFIXES
@@ -327,6 +328,46 @@ def test_the_input_is_the_same_if_names_and_contents_are(tmp_path: Path) -> None
     assert inputs.difference(before[::-1], listed) == "the same files in another order"
 
 
+def _callings(root: Path, *patterns: str) -> dict[str, str]:
+    """File's path below `root` -> what gives its documents' ids, for those whose names alone would not do."""
+    found = inputs.distinct_callings(storage.expand([str(root / pattern) for pattern in patterns], SUFFIXES))
+    return {os.path.relpath(uri, root): called for uri, called in found.items()}
+
+
+def _write(root: Path, *names: str, text: str = "some") -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_equal_names_are_told_apart_by_as_little_of_their_paths_as_does(tmp_path: Path) -> None:
+    names = ("1.txt", "p.jsonl")
+    _write(tmp_path, "x/in/1.txt", "x/in/2.txt", "x/in/p.jsonl", "y/in/1.txt", "y/in/p.jsonl", "z/1.txt")
+    places = ("x/in", "y/in")
+    between = {f"{place}/{name}": f"{place}/{name.removesuffix('.txt')}" for place in places for name in names}
+    assert _callings(tmp_path, "x/in", "y/in") == _callings(tmp_path, "y/in", "x/in") == between
+    assert _callings(tmp_path, "x/in", "z") == {"x/in/1.txt": "in/1", "z/1.txt": "z/1"}
+    assert _callings(tmp_path, "x/in/1.txt", "z/*") == {"x/in/1.txt": "in/1", "z/1.txt": "z/1"}
+    assert _callings(tmp_path, "x", "z") == _callings(tmp_path, "*/in", "z/1.txt") == {}
+    _write(tmp_path, "z/in/1.txt")
+    assert _callings(tmp_path, "x/in", "z") == {"x/in/1.txt": "x/in/1", "z/1.txt": "z/1", "z/in/1.txt": "z/in/1"}
+
+
+def test_what_becomes_no_document_needs_no_name(tmp_path: Path) -> None:
+    _write(tmp_path, "x/1.txt")
+    _write(tmp_path, "y/1.txt", text="")
+    assert _callings(tmp_path, "x", "y", "z/1.txt") == {}
+
+
+def test_names_that_differ_in_their_suffixes_keep_these(tmp_path: Path) -> None:
+    _write(tmp_path, "a.txt", "a.txt.gz", "b.txt", "c/b.txt.gz")
+    assert _callings(tmp_path, ".") == {"a.txt": "a.txt", "a.txt.gz": "a.txt.gz"}
+    assert _callings(tmp_path, "b.txt", "c/b.txt.gz") == {"b.txt": f"{tmp_path.name}/b", "c/b.txt.gz": "c/b"}
+    _write(tmp_path, "a.txt.txt")
+    with pytest.raises(InputError, match=r"/a\.txt and /.*/a\.txt\.txt would give their documents the same ids"):
+        _callings(tmp_path, ".")
+
+
 # --- the job -----------------------------------------------------------------------------------------------
 
 
@@ -403,11 +444,48 @@ def test_a_directory_becomes_a_store_and_the_same_again_does_nothing(
         code, refused, stderr = _main(capfd, *argv, *more)
         assert (code, refused) == (2, {})
         assert reason in stderr
+    for name, data, reason in (
+        (store.INPUTS, b"[", f"{output}/inputs.json is damaged (Expecting value: "),
+        (store.INPUTS, b'[{"name": "a.txt"}]', f"{output}/inputs.json is damaged ("),
+        (store.INPUTS, None, f"{output}/inputs.json is missing; copy the store again, or delete it"),
+        (store.STORE, b'{"format": 1}', f"{output}/store.json is damaged: it does not say segment_len, "),
+    ):
+        (output / name).unlink()
+        if data is not None:
+            (output / name).write_bytes(data)
+        code, refused, stderr = _main(capfd, *argv)
+        assert (code, refused) == (2, {})
+        assert f"prepare: error: {reason}" in stderr
+        modified, content = before[output / name]
+        (output / name).write_bytes(content)
+        os.utime(output / name, ns=(modified, modified))
     (books / "a.txt").write_bytes(b"changed")
     code, _, stderr = _main(capfd, *argv)
     assert code == 2
     assert "changed a.txt" in stderr
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == before
+
+
+def test_files_of_one_name_from_two_inputs_are_both_read(
+    local_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ids that are given stay as they are, and so does what is said of the files."""
+    for name in ("one", "two"):
+        _write(tmp_path, f"{name}/1.txt", f"{name}/only-{name}.txt", text=f"text of {name}")
+        rows = [{"text": f"row of {name}"}, {"text": "given", "id": "g"}]
+        _write(tmp_path, f"{name}/p.jsonl", text="\n".join(map(json.dumps, rows)))
+    argv = ["--input", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "out"]
+    code, _, stderr = _main(capfd, *argv)
+    assert code == 0
+    assert "4 files have names that others have too" in stderr
+    ids = ["one/1", "only-one", "one/p.jsonl:1", "g", "two/1", "only-two", "two/p.jsonl:1"]
+    assert list(_texts(SegmentStore(str(tmp_path / "out")))) == ids
+    assert _errors(tmp_path / "out") == [("p.jsonl", "g", 2, "duplicate_id")]
+    read = storage.read_json(str(tmp_path / "out" / store.INPUTS))
+    assert [file["name"] for file in read] == ["1.txt", "only-one.txt", "p.jsonl", "1.txt", "only-two.txt", "p.jsonl"]
+    code, _, stderr = _main(capfd, *argv)
+    assert code == 0
+    assert "nothing to do" in stderr
 
 
 def test_units_and_order_of_arrival_do_not_change_the_documents(
@@ -447,6 +525,12 @@ def test_two_at_once_do_not_work_on_one_output(
         assert (code, result) == (2, {})
         assert f"another prepare is at work on {output}" in stderr
         assert [path.name for path in output.iterdir() if not path.name.startswith(".")] == [claim.CLAIM]
+    assert _main(capfd, *argv)[0] == 0
+    assert not (output / claim.CLAIM).exists()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = {"driver": "other", "machine": claim._machine(), "pid": dead.pid, "beat": 3}
+    storage.write_json(str(output / claim.CLAIM), left)
     assert _main(capfd, *argv)[0] == 0
     assert not (output / claim.CLAIM).exists()
 
@@ -624,6 +708,7 @@ def test_a_directory_that_is_no_store_is_left_alone(
         (["--input", "{}/books/notes.md", "--output", "{}/out"], "unsupported suffix"),
         (["--input", "{}/books/*.zip", "--output", "{}/out"], "no input found"),
         (["--input", "{}/books"], "--output is required"),
+        (["--input", "{}/books", "--output", "s3://"], "s3://: needs a bucket"),
         (["--input", "{}/books", "--output", "{}/out", "--tokenizer", "{}/none"], "does not exist"),
         (["--input", "{}/books", "--output", "{}/out", "--segment-len", "0"], "--segment-len 0"),
     ],

@@ -26,6 +26,8 @@ def test_what_is_written_is_read(root: str) -> None:
     for data in (bytes(range(256)) * 3, b""):
         storage.write_bytes(uri, data)
         assert storage.read_bytes(uri) == data
+        assert storage.list_sizes(storage.join(root, "a")) == {"b.bin": len(data)}
+    assert storage.list_sizes(root) == storage.list_sizes(storage.join(root, "none")) == {}
     assert storage.exists(uri)
     assert not storage.is_directory(uri)
     assert storage.is_directory(storage.join(root, "a"))
@@ -166,7 +168,9 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for wrong in ("http://host/a.txt", "gs://bucket/a"):
         with pytest.raises(InputError, match="s3://"):
             storage.absolute(wrong)
-    with pytest.raises(InputError, match="bucket"):
-        storage.filesystem("s3://")
+    for wrong in ("s3://", "s3:///", "s3:///key"):
+        for use in (storage.absolute, storage.filesystem):
+            with pytest.raises(InputError, match=f"^{wrong}: needs a bucket, s3://bucket/key; look whether a variable"):
+                use(wrong)
     with pytest.raises(InputError, match="a path is empty"):  # not the folder that one is in
         storage.absolute("")

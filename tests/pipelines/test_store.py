@@ -1,6 +1,7 @@
 """The segment store reads back what was written, from any place, through row groups of bounded size."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -113,6 +114,43 @@ def test_many_files_need_few_open_ones(
     assert len(opened._parts) == 1
 
 
+def _by_turns(opened: SegmentStore) -> dict[str, list[np.ndarray]]:
+    """Each document's segments, where the documents are read a segment each at a time."""
+    found: dict[str, list[np.ndarray]] = {entry.document_id: [] for entry in opened.manifest}
+    for n in range(max(entry.num_segments for entry in opened.manifest)):
+        for entry in opened.manifest:
+            if n < entry.num_segments:
+                found[entry.document_id].append(opened.read(entry, n, n + 1))
+    return found
+
+
+@pytest.mark.parametrize("kept_bytes", [2**27, 500, 1])
+def test_row_groups_are_read_once_by_many_that_read_by_turns(
+    kept_bytes: int, tmp_path: Path, documents: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as they may be kept."""
+    monkeypatch.setattr(store, "_KEPT_BYTES", kept_bytes)
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    numbers, most = [], 0
+
+    def counted(file: pq.ParquetFile, number: int, read: Any = pq.ParquetFile.read_row_group, **options: Any) -> Any:
+        nonlocal most
+        numbers.append(number)
+        most = max(most, opened._groups.num_bytes)
+        return read(file, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    found = _by_turns(opened)
+    assert all(np.array_equal(np.concatenate(found[name]), tokens) for name, tokens in documents.items())
+    num_groups = pq.ParquetFile(tmp_path / NAME).num_row_groups
+    assert num_groups > 5
+    if kept_bytes > 500:
+        assert sorted(numbers) == list(range(num_groups))
+    else:
+        assert len(numbers) > num_groups
+        assert most <= max(kept_bytes, 4 * (50 + SEGMENT_LEN + 20))
+
+
 def test_only_a_finished_store_opens(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a finished segment store"):
         SegmentStore(str(tmp_path))
@@ -122,6 +160,57 @@ def test_only_a_finished_store_opens(tmp_path: Path) -> None:
     (tmp_path / store.STORE).write_text("{")
     with pytest.raises(InputError, match=r"store\.json"):
         SegmentStore(str(tmp_path))
+
+
+def _refused(directory: Path) -> str:
+    """Why the store does not open, below its directory's name."""
+    with pytest.raises(InputError) as caught:
+        SegmentStore(str(directory))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(directory))
+    assert message.endswith("; copy the store again, or delete it and prepare it again")
+    return message.removeprefix(str(directory))
+
+
+def test_a_store_with_a_damaged_or_missing_file_does_not_open(tmp_path: Path, documents: dict[str, np.ndarray]) -> None:
+    entries = _write(tmp_path, documents)
+    others = [entry._replace(file=store.part_name(n)) for n, entry in enumerate(entries)]
+    for other in others:
+        (tmp_path / other.file).write_bytes((tmp_path / NAME).read_bytes())
+    _finish(tmp_path, others)
+    (tmp_path / others[3].file).write_bytes(b"")
+    assert _refused(tmp_path).startswith(" is incomplete: segments-00003.parquet should be there, and not empty")
+    (tmp_path / others[5].file).unlink()
+    assert _refused(tmp_path).startswith(" is incomplete: segments-00003.parquet and 1 more should be there")
+
+    manifest = tmp_path / store.MANIFEST
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[: len(content) // 2])
+    assert _refused(tmp_path).startswith("/manifest.parquet is damaged (")
+    pq.write_table(pq.read_table(tmp_path / NAME), manifest)
+    assert _refused(tmp_path).startswith("/manifest.parquet is damaged (")
+    manifest.unlink()
+    assert _refused(tmp_path).startswith("/manifest.parquet is missing; ")
+    storage.write_json(str(tmp_path / store.STORE), {"format": store.FORMAT, "num_tokens": 1})
+    assert _refused(tmp_path).startswith("/store.json is damaged: it does not say segment_len, tokenizer_fingerprint, ")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "short"])
+def test_a_damaged_segment_file_is_named_when_it_is_read(
+    damage: str, tmp_path: Path, documents: dict[str, np.ndarray]
+) -> None:
+    opened = _finish(tmp_path, _write(tmp_path, documents))
+    content = (tmp_path / NAME).read_bytes()
+    if damage == "cut":
+        (tmp_path / NAME).write_bytes(content[:-100])
+    elif damage == "gone":
+        (tmp_path / NAME).unlink()
+    else:
+        _write(tmp_path, {"d1": documents["d1"]})
+    says = {"cut": "is damaged", "gone": "is missing", "short": "is of another store: it holds 1 segments"}[damage]
+    with pytest.raises(storage.DamagedError, match=rf"^{tmp_path}/{NAME} {says}.*; copy the store again, or delete"):
+        opened.read(opened.manifest[-1], 0, 1)
 
 
 def test_altered_bytes_are_found_when_they_are_read(tmp_path: Path) -> None:
@@ -137,6 +226,6 @@ def test_altered_bytes_are_found_when_they_are_read(tmp_path: Path) -> None:
         (tmp_path / NAME).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
             read = SegmentStore(str(tmp_path)).read(entries[0], 0, entries[0].num_segments)
-        except OSError:  # of the checksum, or of a header that makes no sense any more
+        except storage.DamagedError:  # of the checksum, or of a header that makes no sense any more
             continue
         assert np.array_equal(read, good), f"byte {place}"
