@@ -229,6 +229,7 @@ def test_a_text_without_a_place_to_cut_is_tokenised_whole(build: str, monkeypatc
     is_run = build == "run"
     tokenizer = pairs([("a", "a"), ("aa", "aa")], "ab") if is_run else BUILDS[build]()
     text = "b" + "a" * 10_000 if is_run else "t" + one_word(10_000)
+    assert [piece.text for piece in pieces.cut(tokenizer, [text])] == [text]
     parts = list(encode_chunks(tokenizer, [text.encode()]))
     assert len(parts) == 1
     assert np.array_equal(parts[0], tokenizer.encode(text))
