@@ -89,13 +89,17 @@ def test_what_a_killed_driver_was_writing_goes_too(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_claim_of_the_dead_is_cleared_and_that_of_the_living_stays(tmp_path: Path) -> None:
-    for changes in ({}, {"machine": "elsewhere pid:[1]"}):
+def test_the_claim_of_the_dead_is_cleared_and_that_of_the_living_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stale_s, changes in ((1e6, {}), (0.2, {"machine": "elsewhere pid:[1]"})):
+        monkeypatch.setattr(claim, "STALE_S", stale_s)
         leave(str(tmp_path), **changes)
         (tmp_path / f".{CLAIM}.0123abcd.tmp").write_text("{")
         (tmp_path / "done.json").write_text("{}")
         clear_dead(str(tmp_path), "train")
         assert [path.name for path in tmp_path.iterdir()] == ["done.json"]
+    monkeypatch.setattr(claim, "STALE_S", 60.0)
     with claimed(str(tmp_path), "train"):
         clear_dead(str(tmp_path), "train")
         assert (tmp_path / CLAIM).exists()
