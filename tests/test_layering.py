@@ -41,6 +41,7 @@ JOB_MAY_IMPORT = {
     "data",
     "extras",
     "job",
+    "origin",
     "recipes",
     "serving",
     "storage",
