@@ -257,7 +257,7 @@ def test_a_redeploy_lets_what_is_being_written_end(url: str, model: str, store: 
     assert httpx.get(f"{url}/readyz").status_code == 200
 
 
-@pytest.mark.long
+@pytest.mark.scenario
 def test_a_replica_comes_as_segments_queue_and_goes_again_and_no_stream_breaks(
     url: str, model: str, store: Path
 ) -> None:
