@@ -32,7 +32,7 @@ HEALTH = {
     "gcs_rpc_server_reconnect_timeout_s": 5,
     "worker_niceness": 0,
 }
-PATIENCE_S = 150.0  # for anything that is waited for
+PATIENCE_S = 300.0  # for anything that is waited for
 
 
 def wait_until(claim: Callable[[], Any], what: str) -> Any:
