@@ -27,6 +27,8 @@ _JOINT_TOKENS = 8  # that must be the same on each side of a cut as in its windo
 class Encodes(Protocol):
     """The part of a tokenizer that is needed here."""
 
+    cuts_texts: bool  # whether texts may be cut at all: not where tokens are counted off from a text's start
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def cuts_between(self, left: str, right: str) -> bool: ...  # characters of one kind, where their tokens allow it
     def difference(self, text: str, ids: np.ndarray, before: np.ndarray) -> "Difference | None": ...
@@ -84,14 +86,14 @@ def difference(text: str, back: str) -> Difference | None:
 def cut(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[Piece]:
     """One text that comes in parts, as pieces of about `PIECE_CHARS`; no piece of an empty text.
 
-    A piece grows where no place to cut is found near its wanted end: in runs of one letter, or in words without an end
-    that the tokenizer does not let be cut.
+    A piece grows where no place to cut is found near its wanted end: in runs of one letter, or in words without an
+    end, or texts, that the tokenizer does not let be cut.
     """
     buffer, context, wanted = "", "", PIECE_CHARS
     first: tuple[int, ...] = ()
     for text in texts:
         buffer += text
-        while len(buffer) >= wanted + _WINDOW_CHARS:
+        while tokenizer.cuts_texts and len(buffer) >= wanted + _WINDOW_CHARS:
             joint = _find_joint(tokenizer, buffer, wanted)
             if joint is None:
                 wanted += PIECE_CHARS

@@ -39,6 +39,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     fingerprint: str  # equal for tokenizers that give equal ids
     own_names: Sequence[str]  # texts that become tokens with a meaning of their own, such as `<|im_end|>`
+    cuts_texts: bool  # whether texts may be cut at all: not where tokens are counted off from a text's start
 
     def encode(self, text: str) -> np.ndarray: ...  # (T,) int32
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
@@ -66,6 +67,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id: int | None = 256
     own_names: Sequence[str] = ()
+    cuts_texts = True
 
     def __init__(self) -> None:
         self.fingerprint = fingerprint(_byte_tokenizer_json())
@@ -126,6 +128,7 @@ class JsonTokenizer:
         self.own_names: Sequence[str] = [
             token["content"] for token in added if token.get("special") and token["content"]
         ]
+        self.cuts_texts = "FixedLength" not in _types(content.get("pre_tokenizer"))
         self._cuts_words, self._counts_digits = _cuts_words(content)
         self._chat = chat if chat.bos_token in vocabulary else chat._replace(bos_token=None)
 

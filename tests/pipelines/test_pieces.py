@@ -113,9 +113,12 @@ def test_tokenizers_that_mark_a_beginning_mark_that_of_the_text_alone() -> None:
 
 
 def test_pieces_of_fixed_length_are_never_cut_out_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window begins anywhere, so that its halves fit by chance: 512 is a multiple of 4."""
+    """Where the tokens around a cut are alike they do not tell which step they keep: such texts are not cut."""
     monkeypatch.setattr(pieces, "PIECE_CHARS", 2000)
     tokenizer = byte_level(pre_tokenizers.FixedLength(4))
+    assert len(list(pieces.cut(tokenizer, [TEXT]))) == 1
+    inside = byte_level(pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.FixedLength(4)]))
+    assert not inside.cuts_texts
     parts = list(encode_chunks(tokenizer, [TEXT.encode()]))
     assert np.array_equal(np.concatenate(parts), tokenizer.encode(TEXT))
 
