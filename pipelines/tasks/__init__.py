@@ -11,6 +11,9 @@ from pipelines.tasks.samples import Maker
 _PLACED: dict[str, Maker] = {
     "recall": recall.detect,
     "detect": mark.detect,
+    "join": mark.join("both"),
+    "join_marked": mark.join("marked"),
+    "join_leads": mark.join("leads"),
     "reason": facts.reason,
     **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
     "needle": needle.needle,
