@@ -76,7 +76,8 @@ def test_facts_stand_first_anywhere_or_at_the_depth() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [facts.reason, facts.capacity(4), needle.needle, needle.passkey, recall.detect, mark.detect]
+    "make",
+    [facts.reason, facts.capacity(4), needle.needle, needle.passkey, recall.detect, mark.detect, mark.join("both")],
 )
 @pytest.mark.parametrize("depth", [None, 0.0, 1.0])
 @pytest.mark.parametrize("length", LENGTHS)
@@ -85,7 +86,7 @@ def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | 
     assert sample.needs_memory
     start = (sample.answers[0].at - 1) // SEGMENT_LEN * SEGMENT_LEN
     rest = BYTES.decode(texts.whole(sample.stream)[start : sample.answers[0].at])
-    assert not re.search(r"opens [A-P]|is [A-P]\.|\d: [A-P]|is: \d|key is \d|#", rest)
+    assert not re.search(r"opens [A-P]|is [A-P]\.|\d: [A-P]|is: \d|key is \d|#|=", rest)
 
 
 @pytest.mark.parametrize("make", [ruler.frequent_words, symbols.sorting])
@@ -107,6 +108,30 @@ def test_reasoning_needs_both_sentences(seed: int) -> None:
     [key] = re.findall(r"\nThe key is ([A-P])\.\n", text)
     assert opens[key] == answer.strip()
     assert len(set(opens.values())) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("length", [12, 24, 1000])
+def test_joining_needs_the_mark_and_what_its_letter_leads_to(length: int, seed: int) -> None:
+    text, [answer] = read(draw(mark.join("both"), length, seed))
+    leads = dict(re.findall(r"=([A-P])([A-P])", text))
+    [marked] = re.findall(r"#([A-P])", text)
+    assert text.endswith("?")
+    assert leads[marked] == answer
+    assert len(set(leads.values())) == 2
+    assert read(draw(mark.join("marked"), length, seed)) == (f"{text[:-1]}#", [marked])  # about the same text
+    text, [answer] = read(draw(mark.join("leads"), length + 1, seed))
+    assert answer == leads[text[-1]]
+    assert text[-2] == "="
+
+
+def test_either_letter_is_asked_for_where_one_leads_to_another() -> None:
+    asked = set()
+    for seed in range(20):
+        text, _ = read(draw(mark.join("leads"), 24, seed))
+        [marked] = re.findall(r"#([A-P])", text)
+        asked.add(text[-1] == marked)
+    assert asked == {True, False}
 
 
 @pytest.mark.parametrize("num", facts.COUNTS)
