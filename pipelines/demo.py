@@ -253,9 +253,10 @@ def _row(name: str, cells: Iterator[str]) -> str:
 
 
 def _course(trained: dict[str, Any], fast: bool) -> Iterator[str]:
+    loss = "no number: it diverged" if trained["loss"] is None else f"{trained['loss']:.3f} nats per token"
     yield (
         f"\ntraining: {trained['num_steps']} steps, {trained['tokens_per_s']:.0f} tokens/s, peak memory of a worker "
-        f"{trained['peak_memory_bytes'] / 1e6:.0f} MB, last loss {trained['loss']:.3f} nats per token"
+        f"{trained['peak_memory_bytes'] / 1e6:.0f} MB, last loss {loss}"
     )
     if fast:
         yield "run with --fast: the model has learned nothing, and these figures mean nothing"

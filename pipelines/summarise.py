@@ -136,6 +136,7 @@ def summarise(config: SummariseConfig) -> dict[str, Any]:
     files = [file for file in storage.expand(config.input, SUFFIXES) if not file.uri.startswith(output + "/")]
     if not files:
         raise InputError(f"no input found outside the output {output}")
+    files = inputs.with_distinct_names(files)
     settings, decisive = _settings(config)
     ledger = Ledger(output)
     job = job_there(ledger, decisive, files, retry=config.retry_failed)

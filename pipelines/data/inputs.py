@@ -1,7 +1,7 @@
 """What a preparation reads: work units, and whether an earlier one read the same."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipelines.config import InputError, fingerprint
@@ -46,7 +46,20 @@ def distinct_callings(files: Sequence[FileEntry]) -> dict[str, str]:
     there = {file.uri: file for file in files if file.num_bytes > 0}
     alike = _repeated(calling(uri) for uri in there)
     own = {uri: file.name if calling(uri) in alike else calling(file.name) for uri, file in there.items()}
-    found, depths = own, Counter[str]()
+    found = _told_apart(there, own)
+    return {uri: called for uri, called in found.items() if called != calling(there[uri].name)}
+
+
+def with_distinct_names(files: Sequence[FileEntry]) -> list[FileEntry]:
+    """The files; in equal names as much of the paths as tells them apart. InputError where two remain the same."""
+    there = {file.uri: file for file in files}
+    found = _told_apart(there, {uri: file.name for uri, file in there.items()})
+    return [file._replace(name=found[file.uri]) for file in files]
+
+
+def _told_apart(there: Mapping[str, FileEntry], own: Mapping[str, str]) -> dict[str, str]:
+    """URI -> what a file is called, behind as many directories above it as tell it from others."""
+    found, depths = dict(own), Counter[str]()
     while repeated := _repeated(found.values()):
         same = [uri for uri, called in found.items() if called in repeated]
         depths.update(same)
@@ -55,7 +68,7 @@ def distinct_callings(files: Sequence[FileEntry]) -> dict[str, str]:
             pair = sorted(uri for uri in same if found[uri] == found[same[0]])[:2]
             raise InputError(f"{' and '.join(pair)} would give their documents the same ids; rename one of them")
         found = found | longer
-    return {uri: called for uri, called in found.items() if called != calling(there[uri].name)}
+    return found
 
 
 def _repeated(names: Iterable[str]) -> set[str]:

@@ -353,6 +353,14 @@ def test_equal_names_are_told_apart_by_as_little_of_their_paths_as_does(tmp_path
     assert _callings(tmp_path, "x/in", "z") == {"x/in/1.txt": "x/in/1", "z/1.txt": "z/1", "z/in/1.txt": "z/in/1"}
 
 
+def test_files_get_distinct_names_where_others_have_theirs(tmp_path: Path) -> None:
+    _write(tmp_path, "x/1.txt", "y/1.txt", "y/2.txt", "y/1.txt.gz")
+    files = storage.expand([str(tmp_path / "x"), str(tmp_path / "y")], SUFFIXES)
+    named = inputs.with_distinct_names(files)
+    assert [file._replace(name="") for file in named] == [file._replace(name="") for file in files]
+    assert [file.name for file in named] == ["x/1.txt", "y/1.txt", "1.txt.gz", "2.txt"]
+
+
 def test_what_becomes_no_document_needs_no_name(tmp_path: Path) -> None:
     _write(tmp_path, "x/1.txt")
     _write(tmp_path, "y/1.txt", text="")

@@ -315,6 +315,21 @@ def write_lines(path: Path, values: list[dict[str, Any]]) -> Path:
     return path
 
 
+def test_files_of_one_name_in_two_inputs_are_two_documents(
+    in_process: None, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for place in "xy":
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "1.txt").write_text(f"book {place}")
+        (tmp_path / place / "2.jsonl").write_text(json.dumps({"text": f"tale {place}"}))
+    given = ("--model", model, "--input", tmp_path / "x", tmp_path / "y", "--output", tmp_path / "out", *NEW)
+    code, result, _ = run(capfd, *given)
+    assert (code, result["num_ok"], result["num_error"]) == (0, 4, 0)
+    assert [row["doc_id"] for row in rows_of(tmp_path / "out")] == ["x/1", "x/2.jsonl:1", "y/1", "y/2.jsonl:1"]
+    code, again, err = run(capfd, *given)
+    assert (code, again, "nothing to do" in err) == (0, result, True)
+
+
 def test_a_limit_takes_the_first_and_shards_share_an_output(
     in_process: None, model: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
