@@ -1,6 +1,7 @@
 """The evaluate job as a command: what it writes, what it refuses, and its report."""
 
 import io
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from pipelines.tasks.base import MEMORIES, Figure, Material
 from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
 from pipelines.tasks.intervals import wilson_interval
+from pipelines.tasks.perplexity import stretch_bounds
 from pipelines.tasks.report import Subject
-from pipelines.tasks.running import Run, check_compiler, load
+from pipelines.tasks.running import Run, _num_texts, check_compiler, load
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
@@ -351,7 +353,8 @@ def test_rows_of_a_store_never_cross_documents(tmp_path: Path) -> None:
     held_out = open_held_out(str(tmp_path / "store"), BYTES)
     model = tiny_model(RMT, segment_len=16, vocab_size=257)
     figures = TASKS["perplexity"].measure(model, 25, Material(BYTES, held_out))
-    assert figures[0].num_tokens == (2 + 2) * 24
+    assert figures[0].num_tokens == (2 + 2) * 24 + 19 + 19  # of the second one's end, of the short third one
+    assert (figures[0].num_read, figures[0].num_held_out) == (140, 140)
     with pytest.raises(InputError, match="at most 70"):
         TASKS["perplexity"].check(71, 16, Material(BYTES, held_out))
 
@@ -406,6 +409,41 @@ def test_the_table_averages_a_curve_over_doubling_stretches() -> None:
         "| 2-3 | 4.0000 | 7.0000 | - |",
         "| 4-6 | 3.0000 | 7.0000 | - |",
     ]
+
+
+def test_segments_that_are_told_together_are_the_same_curve() -> None:
+    num, values = 1000, np.random.default_rng(0).normal(4, 1, 1000)
+    one_by_one = curve(64 * num, "true", values.tolist())
+    starts = (stretch_bounds(64 * num, 64) // 64).tolist()
+    figures = [
+        Figure("loss_by_segment", float(values[a:b].mean()), "true", a, b - a, 64 * (b - a))
+        for a, b in itertools.pairwise(starts)
+    ]
+    together = [line("perplexity", 64 * num, figure) for figure in figures]
+    assert len(together) == 128 + 3 * 64 - 3  # the last one of a doubling is cut by the end: 1000 = 512 + 61 x 8
+    assert report.markdown(SUBJECT, together) == report.markdown(SUBJECT, one_by_one)
+    found = [report.curve_of(lines, 64 * num, "true") for lines in (one_by_one, together)]
+    assert [len(one) for one in found] == [num, num]
+    for a, b in report.stretches(num):
+        assert report.mean_loss(found[0][a:b]) == pytest.approx(report.mean_loss(found[1][a:b]), abs=1e-12)
+    drawn = [list(one.means(8)) for one in found]
+    np.testing.assert_allclose(drawn[0], drawn[1], rtol=0, atol=1e-12)
+    assert drawn[0][:2] == [pytest.approx((3.5, values[:8].mean())), pytest.approx((11.5, values[8:16].mean()))]
+    assert list(found[1].means(1))[-1] == pytest.approx((995.5, values[992:].mean()))
+
+
+def test_the_table_tells_how_much_was_read_and_by_how_many_rows() -> None:
+    model, held_out = tiny_model(RMT, segment_len=16, vocab_size=257), TextHeldOut("letters", "f", np.arange(97))
+    figures = TASKS["perplexity"].measure(model, 32, Material(BYTES, held_out))
+    written = report.markdown(SUBJECT, [line("perplexity", 32, figure) for figure in figures])
+    assert "Texts of 32 tokens: 96 of the 97 tokens of the held-out text were read, in 3 rows." in written
+    assert "All shuffled memories are of another stretch of the same document." in written
+    figures = TASKS["perplexity"].measure(model, 35, Material(BYTES, held_out))
+    written = report.markdown(SUBJECT, [line("perplexity", 35, figure) for figure in figures])
+    assert "Texts of 35 tokens: 97 of the 97 tokens" in written
+    rows = [row.split(" | ")[:2] for row in written.splitlines() if row.startswith(("| 0 |", "| 1 |", "| 2 |"))]
+    assert rows == [["| 0", "3"], ["| 1", "3"], ["| 2", "2"]]
+    assert _num_texts(figures, 35) == pytest.approx(97 / 35)
 
 
 def test_a_value_that_is_no_number_is_null_and_stands_in_the_report() -> None:
