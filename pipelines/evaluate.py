@@ -36,7 +36,7 @@ from pipelines.config import Config, Count, InputError, canonical_json, split_co
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
 from pipelines.tasks import TASKS, report
-from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
+from pipelines.tasks.base import DOES_NOT_FIT, QUESTIONS_VERSION, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
@@ -274,6 +274,7 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
         "model": subject.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "held_out": held_out.fingerprint,
+        "questions_version": QUESTIONS_VERSION,
         "questions": questions and hashlib.sha256(storage.read_bytes(questions)).hexdigest(),
     }
     return subject, material, identity
@@ -412,7 +413,7 @@ def _words(run: Run) -> str:
 def _line(run: Run, figure: Figure, subject: Subject) -> dict[str, Any]:
     """A figure as a line of metrics.jsonl; a value that is no number, as a diverged model gives, is null."""
     told = {name: value for name, value in figure._asdict().items() if value is not None}
-    value = figure.value if math.isfinite(figure.value) else None
+    value = float(figure.value) if math.isfinite(figure.value) else None
     about = {name: getattr(subject, name) for name in ("num_parameters", "segment_len")}
     about["state_floats"] = subject.floats_at(run.length)
     if subject.max_positions is not None and run.length > subject.max_positions:

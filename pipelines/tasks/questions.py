@@ -8,6 +8,7 @@ has scorers, the model also writes freely, at most to the tokenizer's end token,
 Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -122,7 +123,7 @@ def _nothing() -> Iterator[np.ndarray]:
 
 def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
     """Accuracy by memory; by depth, for whole samples, by scorer and of the oracle where there are such."""
-    chance = float(np.mean([np.mean([1 / answer.num_choices for answer in sample.answers]) for sample in samples]))
+    chance = _chance(samples)
     needs_memory = all(sample.needs_memory for sample in samples)
     depths = sorted({sample.depth for sample in samples if sample.depth is not None})
     found = []
@@ -148,6 +149,13 @@ def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
     if oracles:
         found.append(_figure(ORACLE, None, oracles, None, None))
     return found
+
+
+def _chance(samples: Sequence[Sample]) -> float | None:
+    """What guessing gives; None where there is no telling among what."""
+    if any(math.isinf(answer.num_choices) for sample in samples for answer in sample.answers):
+        return None
+    return float(np.mean([np.mean([1 / answer.num_choices for answer in sample.answers]) for sample in samples]))
 
 
 def _figure(

@@ -275,10 +275,13 @@ def about_intervals(lines: Iterable[Line]) -> list[str]:
 
 
 def cell(line: Line | None) -> str:
-    """A figure with its interval, if it has one."""
+    """A figure with its interval, if it has one; counts without a fraction."""
     if line is None:
         return "-"
-    value = "nan" if line["value"] is None else number(line["value"])
+    if line["value"] is None:
+        value = "nan"
+    else:
+        value = number(round(line["value"]) if line["metric"].startswith("num_") else line["value"])
     return f"{value} [{number(line['low'])}, {number(line['high'])}]" if "low" in line else value
 
 
@@ -417,7 +420,8 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
         below = [line["value"] - line["low"] for line in chosen]
         above = [line["high"] - line["value"] for line in chosen]
         panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, markersize=5, **STYLES[memory])
-    panel.axhline(lines[0]["chance"], color="grey", linestyle=":", label=f"chance ({lines[0]['chance']:.3g})")
+    if chances := [line["chance"] for line in lines if "chance" in line]:
+        panel.axhline(chances[0], color="grey", linestyle=":", label=f"chance ({chances[0]:.3g})")
     length_axis(panel, lengths)
     panel.set_ylim(-0.03, 1.03)
     if ends:

@@ -12,13 +12,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import rmt_core
 from pipelines import evaluate, storage
 from pipelines.config import InputError
 from pipelines.data import store
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, report
+from pipelines.tasks import TASKS, base, questions, report
 from pipelines.tasks.base import MEMORIES, Figure, Material
 from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
@@ -26,6 +27,7 @@ from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.perplexity import stretch_bounds
 from pipelines.tasks.report import Subject
 from pipelines.tasks.running import Run, _num_texts, check_compiler, load
+from pipelines.tasks.samples import Answer, Sample
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
@@ -138,6 +140,11 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     other = run(*words[:-1], 8)
     assert other.code == 2
     assert "seed 7 there, 8 asked for" in other.err[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "QUESTIONS_VERSION", 1)
+        other = run(*words)
+    assert other.code == 2
+    assert f"questions_version {base.QUESTIONS_VERSION} there, 1 asked for" in other.err[-1]
     assert lines_of(output) == lines
 
 
@@ -178,6 +185,9 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
     other = run(*words, "--batch-size", 2, "--output", output)
     assert other.code == 2
     assert "unfinished evaluation made otherwise" in other.err[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "QUESTIONS_VERSION", 1)
+        assert run(*words, "--output", output).code == 2
     monkeypatch.setattr(evaluate, "_measure", watched)
     assert run(*words, "--output", output).result["metrics"] == wanted
     assert len(asked) == 5
@@ -461,6 +471,36 @@ def test_the_plot_has_a_panel_for_each_thing_measured(kinds: str) -> None:
     lines = {"curves": curves, "answers": answers, "both": curves + answers}[kinds]
     image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * (2 if kinds == "both" else 1))
+
+
+def test_where_there_is_no_telling_what_chance_gives_none_is_shown() -> None:
+    def right(*num_choices: float) -> list[Figure]:
+        answers = tuple(Answer(i + 1, np.zeros(1, np.int32), num) for i, num in enumerate(num_choices))
+        marks = {memory: [np.ones(len(answers), dtype=bool)] * 2 for memory in MEMORIES}
+        scores: dict[str, list[dict[str, float]]] = {memory: [{}] * 2 for memory in MEMORIES}
+        return questions.figures([Sample(lambda: iter(()), 9, answers)] * 2, questions.Marks(marks, scores))
+
+    assert {figure.chance for figure in right(4, 2) if figure.metric == "accuracy"} == {0.375}
+    lines = [line("file", 64, figure) for figure in right(4, float("inf"))]
+    assert not any("chance" in item for item in lines)
+    assert "chance" not in report.markdown(SUBJECT, lines)
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "axhline", lambda self, *_, label, **__: found.append(label))
+        report.plot(SUBJECT, lines)
+        report.plot(SUBJECT, [accuracy(64, memory, 0.5) for memory in MEMORIES])
+    assert found == ["chance (0.0625)"]
+
+
+def test_a_count_is_the_same_line_after_an_interruption_and_whole_in_the_table(tmp_path: Path) -> None:
+    run, output, identity = Run("file", 64, "m", "cpu", 0), str(tmp_path), {"task": ["file"]}
+    figures = [Figure("accuracy", 0.5, "true", num_samples=4, low=0, high=1), Figure("num_longer", 3)]
+    evaluate._begin(output, identity, [run])
+    evaluate._keep(output, run, figures)
+    [kept] = evaluate._begin(output, identity, [run]).values()
+    lines = [json.dumps([evaluate._line(run, figure, SUBJECT) for figure in found]) for found in (figures, kept)]
+    assert lines[0] == lines[1]
+    assert "| 64 | 3 |" in report.markdown(SUBJECT, json.loads(lines[1]))
 
 
 def test_seeds_are_pooled_with_the_interval_of_all_their_samples() -> None:

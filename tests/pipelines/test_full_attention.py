@@ -230,7 +230,7 @@ def test_nothing_that_fits_is_a_result_too(model: Path, tmp_path: Path, capfd: p
 
 
 def test_evaluations_segment_by_segment_are_told_apart_by_nothing_new(model: Path, tmp_path: Path) -> None:
-    """Those of before go on to be found finished."""
+    """What those do not read keeps no two of them apart."""
     config = evaluate.EvaluateConfig(model=str(model), output=str(tmp_path), task=["recall"], lengths=[96])
     *_, identity = evaluate._inspect(config, str(model))
     assert not identity.keys() & {"attention", "ablations", "memory_limit", "segment_len", "compile"}
