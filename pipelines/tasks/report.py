@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
 from pipelines.tasks.curves import mark_end
 from pipelines.tasks.intervals import wilson_interval
-from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, UNWRITTEN
 
 Line = Mapping[str, Any]
 
@@ -44,6 +44,7 @@ STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-
     "zeroed": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
+_BESIDE = {"num_samples": "samples", "chance": "chance", "num_at_once": "runs at once"}  # heads of a table's columns
 _MAX_POINTS = 128  # of a curve; more segments are averaged
 _COLUMNS = 4  # of panels
 
@@ -150,8 +151,8 @@ def _ends(lines: Sequence[Line]) -> str:
 
 
 def _table(metric: str, lines: Sequence[Line]) -> str:
-    """A row a length, a column a memory; samples and chance where they apply."""
-    extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
+    """A row a length, a column a memory; samples, chance and how many runs shared the machine where they apply."""
+    extra = [name for name in _BESIDE if any(name in line for line in lines)]
     rows = []
     told = {line.get("memory") for line in lines}
     columns: Sequence[str | None] = MEMORIES if ZEROED in told else [TRUE if TRUE in told else None]
@@ -163,7 +164,7 @@ def _table(metric: str, lines: Sequence[Line]) -> str:
         rows.append([f"{length:,}{mark}", *beside, *(cell(found.get(memory)) for memory in columns)])
     heads = [
         "tokens",
-        *("samples" if name == "num_samples" else name for name in extra),
+        *(_BESIDE[name] for name in extra),
         *(memory or "value" for memory in columns),
     ]
     return titled(metric, heads, rows)
@@ -234,6 +235,11 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         )
     if any(line.get("needs_memory") is False for line in lines):
         notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
+    if any(line["metric"] == UNWRITTEN for line in lines):
+        notes.append(
+            "Unwritten: behind so many texts full attention has no room to write; marks of what is written are of the "
+            "others."
+        )
     if any(line["metric"] == ORACLE for line in lines):
         notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
     notes.extend(_read_of_held_out(lines))

@@ -19,7 +19,7 @@ import torch
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, base, perplexity, texts
+from pipelines.tasks import TASKS, base, perplexity, questions, texts
 from pipelines.tasks.base import MEMORIES, Figure, Material, batch_sizes
 from pipelines.tasks.held_out import TextHeldOut
 from pipelines.tasks.intervals import Ratios, t_interval, wilson_interval
@@ -483,11 +483,45 @@ def test_scorers_get_what_each_memory_writes(lengths: list[int]) -> None:
 
     whole = [written(one.tokens) for one in questions]
     starts = [(len(one.tokens) - 1) // 6 * 6 for one in questions]
-    alone = rmt_core.open_session(model, 1)
-    alone = alone._replace(state=rmt_core.state.zeroed(alone.state))
-    zeroed = [written(one.tokens[at:], alone) for one, at in zip(questions, starts, strict=True)]
-    assert len(heard) == 9
-    assert set(whole) | set(zeroed) <= set(heard)
+    carried = [model.init_state(1) for _ in questions]
+    given: list[list[Any]] = []  # each row's state before each segment, or at its end
+    for start in range(0, max(lengths) + 2, 6):
+        given.append(list(carried))
+        for row, one in enumerate(questions):
+            if len(piece := np.concatenate([one.tokens, one.answer[:-1]])[start : start + 6]):
+                carried[row] = model.step(torch.from_numpy(piece)[None], carried[row])[1]
+
+    def alone(question: Question, start: int, state: Any) -> str:
+        """Greedy writing, a segment at a time, each of which is given this state."""
+        open_tokens, found = question.tokens[start:].tolist(), []
+        for _ in range(9):
+            logits = model.step(torch.tensor([open_tokens]), state)[0].logits[0, -1]
+            found.append(int(logits.argmax()))
+            open_tokens = [*(open_tokens if len(open_tokens) < 6 else []), found[-1]]
+        return BYTES.decode(found[: found.index(256)] if 256 in found else found)
+
+    zeroed = [alone(one, at, carried[0] * 0) for one, at in zip(questions, starts, strict=True)]
+    shuffled = [
+        alone(one, at, given[at // 6][i - 1]) for i, (one, at) in enumerate(zip(questions, starts, strict=True))
+    ]
+    assert sorted(heard) == sorted([*whole, *zeroed, *shuffled])
+
+
+def test_rows_of_an_ablated_memory_write_as_each_alone_up_to_the_end_token() -> None:
+    model, states = byte_model(segment_len=6), torch.randn(3, *byte_model().init_state(1).shape[1:]).double()
+    prompts = [[5, 6], [7, 8, 9, 10, 11], [1, 2, 3, 4, 5, 6]]
+
+    def written(rows: list[int], ends: list[int]) -> list[list[int]]:
+        session = rmt_core.open_session(model, len(rows))._replace(state=states[rows])
+        return questions._written_from_one_state(model, [prompts[row] for row in rows], 20, session, ends)
+
+    alone = [written([row], [])[0] for row in range(3)]
+    assert written([0, 1, 2], []) == alone
+    assert [len(one) for one in alone] == [20] * 3
+    end = alone[1][8]
+    stopped = [one[: one.index(end)] if end in one else one for one in alone]
+    assert written([0, 1, 2], [end]) == stopped
+    assert len({len(one) for one in stopped}) > 1
 
 
 def test_writing_ends_at_the_end_token() -> None:
