@@ -376,6 +376,8 @@ def _measure(
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=where)(measure)
     shared = ray.put(material)
     waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
+    there = ray.cluster_resources()
+    num_at_once = _at_once(len(runs), there.get("GPU", 0) if num_gpus else there.get("CPU", 0))
     log.info("measuring %s", ", ".join(_words(run) for run in runs))
     found: dict[Run, list[Figure]] = {}
     began = time.monotonic()
@@ -386,7 +388,8 @@ def _measure(
                 log.info("%d of %d still to come (%.0f s)", len(rest), len(runs), time.monotonic() - began)
                 continue
             run = waiting[done[0]]
-            found[run] = ray.get(done[0])
+            figures = ray.get(done[0])
+            found[run] = [one._replace(num_at_once=num_at_once) if one.metric in COSTS else one for one in figures]
             keep(run, found[run])
             log.info(
                 "%d of %d: %s (%.0f s)", len(found), len(runs), _headline(run, found[run]), time.monotonic() - began
@@ -396,6 +399,11 @@ def _measure(
             raise InputError(str(error.cause)) from error
         raise
     return found
+
+
+def _at_once(num_runs: int, num_devices: float) -> int:
+    """How many runs may be under way at once, of which each has a core or a GPU; a pool that is idle grows."""
+    return min(num_runs, max(1, int(num_devices)))
 
 
 def _headline(run: Run, figures: Sequence[Figure]) -> str:

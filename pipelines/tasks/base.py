@@ -48,6 +48,7 @@ class Figure(NamedTuple):
     depth: float | None = None  # where facts stand, in [0, 1]
     num_samples: int | None = None  # samples that it is a fraction of, or rows of text that it is a mean over
     num_texts: float | None = None  # texts of the length that were read at this cost
+    num_at_once: int | None = None  # runs that could be under way at once, this one among them
     num_read: int | None = None  # tokens of held-out text that were read
     num_held_out: int | None = None  # all that there are
     num_same_text: int | None = None  # of the rows those whose shuffled memory is of the same document, read elsewhere

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import numpy as np
 import pytest
+import ray
 import torch
 from matplotlib.axes import Axes
 
@@ -105,6 +106,9 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
         (task, length, metric) for task in ("perplexity", "recall") for length in (64, 100) for metric in COSTS
     ]
     assert all(line["value"] > 0 for line in costs)
+    num_at_once = min(4, int(ray.cluster_resources()["CPU"]))
+    assert [line["num_at_once"] for line in costs] == [num_at_once] * len(costs)
+    assert "| tokens | runs at once | value |" in (output / "results.md").read_text()
     for line, want in zip(lines, wanted, strict=True):
         assert line["state_floats"] == 3 * 32
         assert line["num_parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
@@ -313,6 +317,10 @@ def test_a_fault_of_the_input_seen_by_a_worker_is_reported_as_such(local_ray: No
     with pytest.raises(InputError, match="gone: there is no such directory") as error:
         evaluate._measure([run], HERE, keep_nothing)
     assert "\n" not in str(error.value)
+
+
+def test_as_many_runs_are_under_way_as_there_are_devices_for() -> None:
+    assert [evaluate._at_once(*pair) for pair in ((4, 2.0), (1, 16.0), (5, 0.0))] == [2, 1, 1]
 
 
 def test_a_peak_is_that_of_the_run_and_not_of_those_before() -> None:
