@@ -213,7 +213,7 @@ def _tables(lines: Sequence[dict[str, Any]], subject: dict[str, Any], recipe: Tr
     curves = [line for line in lines if line["metric"] == "loss_by_segment"]
     longest = max(line["length"] for line in curves)
     curves = [line for line in curves if line["length"] == longest]
-    num_rows = curves[-1]["num_tokens"] // size
+    num_rows = curves[-1]["num_samples"]
     yield f"\nloss by segment index, nats per token (texts of {longest} tokens, {num_rows} of them)"
     bins = list(_bins(longest // size))
     yield _row("memory", (f"{a}" if a + 1 == b else f"{a}-{b - 1}" for a, b in bins))

@@ -36,7 +36,7 @@ from pipelines.config import Config, Count, InputError, canonical_json, split_co
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
 from pipelines.tasks import TASKS, report
-from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
+from pipelines.tasks.base import DOES_NOT_FIT, QUESTIONS_VERSION, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
@@ -274,6 +274,7 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
         "model": subject.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "held_out": held_out.fingerprint,
+        "questions_version": QUESTIONS_VERSION,
         "questions": questions and hashlib.sha256(storage.read_bytes(questions)).hexdigest(),
     }
     return subject, material, identity
@@ -375,6 +376,8 @@ def _measure(
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=where)(measure)
     shared = ray.put(material)
     waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
+    there = ray.cluster_resources()
+    num_at_once = _at_once(len(runs), there.get("GPU", 0) if num_gpus else there.get("CPU", 0))
     log.info("measuring %s", ", ".join(_words(run) for run in runs))
     found: dict[Run, list[Figure]] = {}
     began = time.monotonic()
@@ -385,7 +388,8 @@ def _measure(
                 log.info("%d of %d still to come (%.0f s)", len(rest), len(runs), time.monotonic() - began)
                 continue
             run = waiting[done[0]]
-            found[run] = ray.get(done[0])
+            figures = ray.get(done[0])
+            found[run] = [one._replace(num_at_once=num_at_once) if one.metric in COSTS else one for one in figures]
             keep(run, found[run])
             log.info(
                 "%d of %d: %s (%.0f s)", len(found), len(runs), _headline(run, found[run]), time.monotonic() - began
@@ -395,6 +399,11 @@ def _measure(
             raise InputError(str(error.cause)) from error
         raise
     return found
+
+
+def _at_once(num_runs: int, num_devices: float) -> int:
+    """How many runs may be under way at once, of which each has a core or a GPU; a pool that is idle grows."""
+    return min(num_runs, max(1, int(num_devices)))
 
 
 def _headline(run: Run, figures: Sequence[Figure]) -> str:
@@ -412,7 +421,7 @@ def _words(run: Run) -> str:
 def _line(run: Run, figure: Figure, subject: Subject) -> dict[str, Any]:
     """A figure as a line of metrics.jsonl; a value that is no number, as a diverged model gives, is null."""
     told = {name: value for name, value in figure._asdict().items() if value is not None}
-    value = figure.value if math.isfinite(figure.value) else None
+    value = float(figure.value) if math.isfinite(figure.value) else None
     about = {name: getattr(subject, name) for name in ("num_parameters", "segment_len")}
     about["state_floats"] = subject.floats_at(run.length)
     if subject.max_positions is not None and run.length > subject.max_positions:

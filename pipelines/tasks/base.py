@@ -5,7 +5,7 @@ true state from segment to segment; what differs is the state that a segment is 
 
     true       the state that the text so far has left
     zeroed     zeros in every tensor, before the first segment too: the segment alone
-    shuffled   the true state of the neighbouring row, which has read as much of another text
+    shuffled   the true state of the neighbouring row, which has read as much of another text, or that text to its end
 
 A model without memory can also read with the whole text in context; its figures are those of the true one then.
 
@@ -29,6 +29,7 @@ from rmt_core import FullContext, RecurrentModel
 from rmt_core.state import State
 
 TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
+QUESTIONS_VERSION = 2  # of what tasks draw and read and how they mark: raised with every change, so that none are mixed
 DOES_NOT_FIT = "does_not_fit"  # in place of all figures: the bytes that keys and values of full attention need
 
 _AHEAD = 2**12  # tokens of a row that are made at once
@@ -41,11 +42,16 @@ class Figure(NamedTuple):
     metric: str
     value: float
     memory: str | None = None  # one of MEMORIES
-    segment: int | None = None  # index of the segment that it is about; None: the whole length
+    segment: int | None = None  # index of the first segment that it is about; None: the whole length
+    num_segments: int | None = None  # segments from that one on that it is about; None: the one
     num_tokens: int | None = None  # tokens that it is a mean over
     depth: float | None = None  # where facts stand, in [0, 1]
     num_samples: int | None = None  # samples that it is a fraction of, or rows of text that it is a mean over
-    num_texts: int | None = None  # texts that were read at this cost
+    num_texts: float | None = None  # texts of the length that were read at this cost
+    num_at_once: int | None = None  # runs that could be under way at once, this one among them
+    num_read: int | None = None  # tokens of held-out text that were read
+    num_held_out: int | None = None  # all that there are
+    num_same_text: int | None = None  # of the rows those whose shuffled memory is of the same document, read elsewhere
     low: float | None = None  # ends of the 95 % confidence interval
     high: float | None = None
     chance: float | None = None  # what guessing gives

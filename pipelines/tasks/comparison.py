@@ -30,7 +30,16 @@ from pipelines.tasks.report import (
 )
 
 BY_SEGMENT = "loss_by_segment"
-_DECIDE = ("held_out", "background", "num_samples", "depths", "seed", "questions", "limit_segments")  # what is asked
+_DECIDE = (  # what is asked
+    "questions_version",
+    "held_out",
+    "background",
+    "num_samples",
+    "depths",
+    "seed",
+    "questions",
+    "limit_segments",
+)
 _DECIDE_COST = ("batch_size", "device")
 
 
@@ -276,7 +285,7 @@ def _points_by_segment(lines: Sequence[Line]) -> list[Point]:
 
 def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str) -> dict[str, str]:
     """The settings that these tasks read, in words."""
-    read = {"tokenizer"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
+    read = {"tokenizer", "questions_version"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
     if identity.get("background") == "noise" and "limit_segments" not in read:
         read.discard("held_out")  # nothing of it is asked or read
     names = ["tokenizer", *_DECIDE, "seeds", *(_DECIDE_COST if metric in COSTS else ())]

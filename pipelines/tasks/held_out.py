@@ -1,6 +1,7 @@
 """Text that the model has not been trained on: the embedded book, a text file, or a segment store."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from pipelines.data.store import STORE, SegmentStore
 from pipelines.data.tokenise import Tokenizer
 
 BOOK = Path(__file__).resolve().parents[1] / "books" / "heldout" / "persuasion.txt"
+
+_BLOCK = 2**16  # tokens read at once
 
 
 class HeldOut(Protocol):
@@ -59,6 +62,12 @@ class StoreHeldOut:
         first = start // size
         tokens = self._store.read(self._store.manifest[document], first, -(-stop // size))
         return tokens[start - first * size : stop - first * size]
+
+
+def blocks(held_out: HeldOut, document: int, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Tokens start .. stop-1 of a document, read a few at a time: (n,) int32 each."""
+    for at in range(start, stop, _BLOCK):
+        yield held_out.read(document, at, min(at + _BLOCK, stop))
 
 
 def open_held_out(data: str | None, tokenizer: Tokenizer) -> HeldOut:

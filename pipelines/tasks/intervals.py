@@ -42,17 +42,45 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
     return mean, mean - half, mean + half
 
 
-def ratio_interval(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None, float | None]:
-    """The sum of sums (R,) over that of sizes (R,), of R rows, and the ends of its 95 % interval over rows.
+class Ratios:
+    """Sums over rows divided by sizes summed over rows, F of them at once, in memory of a few numbers each.
 
-    A ratio estimator (Cochran 1977, Sampling Techniques, section 2.11) with Student's t; with equal sizes it is
-    `t_interval` of the rows' own ratios. One row, or a figure that is not finite, has no ends.
+    Intervals are over rows: those of a ratio estimator (Cochran 1977, Sampling Techniques, section 2.11) with Student's
+    t; with equal sizes it is `t_interval` of the rows' own ratios. A row of size 0 has no part in a ratio. Deviations
+    are summed from the means so far (Welford 1962, Technometrics 4), so that no digits are lost between large sums.
     """
-    ratio = float(sums.sum() / sizes.sum())
-    if len(sums) < 2 or not math.isfinite(ratio):
-        return ratio, None, None
-    half = _half(float(((sums - ratio * sizes) ** 2).sum()), len(sums)) / float(sizes.mean())
-    return ratio, ratio - half, ratio + half
+
+    def __init__(self, num: int) -> None:
+        self.num_rows = np.zeros(num, dtype=np.int64)  # (F,) that have a part
+        self._totals = np.zeros((2, num))  # of sums and of sizes
+        self._squares = np.zeros((3, num))  # deviations of sums squared, times those of sizes, of sizes squared
+
+    def add(self, sums: np.ndarray, sizes: np.ndarray) -> None:
+        """One row more: sums (F,) and sizes (F,)."""
+        has = sizes > 0
+        row = np.where(has, np.stack([sums, sizes]), 0.0)
+        with np.errstate(invalid="ignore"):  # a diverged model's losses are no numbers
+            before = np.where(has, row - self._totals / np.maximum(self.num_rows, 1), 0.0)
+            self._totals += row
+            self.num_rows += has
+            after = np.where(has, row - self._totals / np.maximum(self.num_rows, 1), 0.0)
+            self._squares += [before[0] * after[0], before[0] * after[1], before[1] * after[1]]
+
+    def size(self, index: int) -> float:
+        """The sizes of all rows together."""
+        return float(self._totals[1, index])
+
+    def interval(self, index: int) -> tuple[float, float | None, float | None]:
+        """A ratio and the ends of its 95 % interval, which one row, or what is not finite, has not."""
+        num = int(self.num_rows[index])
+        total, size = map(float, self._totals[:, index])
+        ratio = total / size
+        if num < 2 or not math.isfinite(ratio):
+            return ratio, None, None
+        of_sums, of_both, of_sizes = map(float, self._squares[:, index])
+        squares = max(0.0, of_sums - 2 * ratio * of_both + ratio**2 * of_sizes)
+        half = _half(squares, num) * num / size
+        return ratio, ratio - half, ratio + half
 
 
 def _half(squares: float, num: int) -> float:

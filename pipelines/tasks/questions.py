@@ -3,11 +3,13 @@
 The text is made while it is read, segment by segment, with a state of fixed size. An answer counts when each of its
 tokens is the likeliest of the whole vocabulary at its place after the true text before it; greedy decoding then writes
 just this answer, and not otherwise. Of a sample with several answers the share that is right counts. Where a sample
-has scorers, the model also writes freely, at most to the tokenizer's end token, and the scorers mark what it wrote.
+has scorers, the model also writes freely, at most to the tokenizer's end token, and the scorers mark what it wrote;
+an ablated memory is given again before every segment that it begins in writing.
 
 Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -36,10 +38,11 @@ from pipelines.tasks.base import (
 )
 from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
-from rmt_core import FullContext, Output, RecurrentModel
+from rmt_core import DoesNotFitError, FullContext, Output, RecurrentModel
 from rmt_core.state import State
 
 ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
+UNWRITTEN = "num_unwritten"  # samples behind whose text full attention has no room to write
 
 
 class Marks(NamedTuple):
@@ -53,6 +56,7 @@ class _Read(NamedTuple):
     """A part of the texts that a model has read."""
 
     part: Part
+    memory: str
     before: State
     out: Output
     after: State
@@ -122,7 +126,7 @@ def _nothing() -> Iterator[np.ndarray]:
 
 def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
     """Accuracy by memory; by depth, for whole samples, by scorer and of the oracle where there are such."""
-    chance = float(np.mean([np.mean([1 / answer.num_choices for answer in sample.answers]) for sample in samples]))
+    chance = _chance(samples)
     needs_memory = all(sample.needs_memory for sample in samples)
     depths = sorted({sample.depth for sample in samples if sample.depth is not None})
     found = []
@@ -139,7 +143,8 @@ def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
             add(EXACT, memory, [float(one.all()) for one in right], None)
     for metric in dict.fromkeys(scorer.metric for sample in samples for scorer in sample.scorers):
         for memory, scores in marks.scores.items():
-            add(metric, memory, [one[metric] for one in scores if metric in one], None)
+            if values := [one[metric] for one in scores if metric in one]:
+                add(metric, memory, values, None)
     for depth in depths if len(depths) > 1 else []:
         for memory, right in marks.right.items():
             values = [float(one.mean()) for one, sample in zip(right, samples, strict=True) if sample.depth == depth]
@@ -147,7 +152,16 @@ def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
     oracles = [sample.oracle for sample in samples if sample.oracle is not None]
     if oracles:
         found.append(_figure(ORACLE, None, oracles, None, None))
+    if num := sum(1 for sample, one in zip(samples, marks.scores[TRUE], strict=True) if sample.scorers and not one):
+        found.append(Figure(UNWRITTEN, float(num)))
     return found
+
+
+def _chance(samples: Sequence[Sample]) -> float | None:
+    """What guessing gives; None where there is no telling among what."""
+    if any(math.isinf(answer.num_choices) for sample in samples for answer in sample.answers):
+        return None
+    return float(np.mean([np.mean([1 / answer.num_choices for answer in sample.answers]) for sample in samples]))
 
 
 def _figure(
@@ -180,8 +194,7 @@ def batch_marks(
         {memory: [np.ones(len(sample.answers), dtype=bool) for sample in samples] for memory in memories},
         {memory: [{} for _ in samples] for memory in memories},
     )
-    most_written = max(sample.max_new_tokens for sample in samples)
-    state = begin(model, len(samples), max(sample.num_tokens for sample in samples) - 1 + most_written)
+    state = _begin(model, samples)
     skimmer = rmt_core.Skimmer(model, compiled=compiled)
     for part in segments(
         [texts.cut(sample.stream(), sample.num_tokens - 1) for sample in samples], model.step_len, device
@@ -199,8 +212,20 @@ def batch_marks(
             wrong = here[_chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start) != here[:, 2]]
             for row, answer in wrong[:, [0, 3]].tolist():
                 marks.right[memory][row][answer] = False
-            _score(model, samples, _Read(part, before, out, new), tokenizer, marks.scores[memory])
+            _score(model, samples, _Read(part, memory, before, out, new), tokenizer, marks.scores[memory])
     return marks
+
+
+def _begin(model: RecurrentModel, samples: Sequence[Sample]) -> State:
+    """The state before the texts; under full attention with room for what is written behind them, where that fits."""
+    num_read = max(sample.num_tokens for sample in samples) - 1
+    num_written = max(sample.max_new_tokens for sample in samples)
+    try:
+        return begin(model, len(samples), num_read + num_written)
+    except DoesNotFitError:
+        if not num_written:
+            raise
+        return begin(model, len(samples), num_read)
 
 
 def _asked(samples: Sequence[Sample]) -> np.ndarray:
@@ -221,35 +246,68 @@ def _score(
     tokenizer: Tokenizer,
     scores: list[dict[str, float]],
 ) -> None:
-    """Let those rows write whose last answer begins behind a token of this part, and mark what they wrote."""
+    """Let those rows write whose last answer begins behind a token of this part, and mark what they wrote.
+
+    Under full attention those only that there is room for.
+    """
     part = read.part
     places = [sample.answers[-1].at - part.start for sample in samples]
     rows = {
         row: at
         for row, (sample, at) in enumerate(zip(samples, places, strict=True))
         if sample.scorers and 0 < at <= part.tokens.shape[1]
+        if _has_room(model, read.after, part.start + at + sample.max_new_tokens - 1)  # the last one is not read
     }
     if not rows:
         return
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    most = max(samples[row].max_new_tokens for row in rows)
+    most = {row: samples[row].max_new_tokens for row in rows}
     for row, tokens in zip(rows, _written(model, read, rows, most, ends), strict=True):
-        text = tokenizer.decode(tokens[: samples[row].max_new_tokens])
+        text = tokenizer.decode(tokens[: most[row]])
         scores[row] = {scorer.metric: scorer.mark(text) for scorer in samples[row].scorers}
 
 
+def _has_room(model: RecurrentModel, state: State, num_tokens: int) -> bool:
+    return not isinstance(model, FullContext) or num_tokens <= state.keys[0].shape[2]
+
+
 def _written(
-    model: RecurrentModel, read: _Read, rows: dict[int, int], most: int, ends: Sequence[int]
+    model: RecurrentModel, read: _Read, rows: dict[int, int], most: dict[int, int], ends: Sequence[int]
 ) -> list[list[int]]:
-    """What rows write behind so many tokens of the part that was read."""
+    """What rows write behind so many tokens of the part that was read, at most so many, or some more."""
     if isinstance(model, FullContext):
         return [
-            model.write(read.after, row, (read.part.start + at, read.out.hidden[row, at - 1]), most, ends)
+            model.write(read.after, row, (read.part.start + at, read.out.hidden[row, at - 1]), most[row], ends)
             for row, at in rows.items()
         ]
     session = rmt_core.open_session(model, len(rows))._replace(state=rmt_core.state.select(read.before, list(rows)))
     prompts = [read.part.tokens[row, :at].tolist() for row, at in rows.items()]
-    return rmt_core.generate(model, prompts, most, session=session, stop_tokens=ends).tokens
+    num = max(most.values())
+    if read.memory == TRUE:
+        return rmt_core.generate(model, prompts, num, session=session, stop_tokens=ends).tokens
+    return _written_from_one_state(model, prompts, num, session, ends)
+
+
+def _written_from_one_state(
+    model: RecurrentModel, prompts: Sequence[Sequence[int]], num: int, session: rmt_core.Session, ends: Sequence[int]
+) -> list[list[int]]:
+    """What rows write that have the session's state before every segment, also before those that they begin.
+
+    They write up to the end of the segment of any of them at a time. One that has stopped would stop again.
+    """
+    same = session.state
+    read = rmt_core.generate(model, prompts, 0, session=session)
+    session, reasons = read.session._replace(state=same), read.finish_reasons
+    written: list[list[int]] = [[] for _ in prompts]
+    num_written = 0
+    while num_written < num and "length" in reasons:
+        num_open = max(int(n) for n, reason in zip(session.lengths, reasons, strict=True) if reason == "length")
+        size = min(num - num_written, model.segment_len - num_open)
+        more = rmt_core.generate(model, [[]] * len(prompts), size, session=session, stop_tokens=ends)
+        session, reasons = more.session._replace(state=same), more.finish_reasons
+        written = [[*before, *new] for before, new in zip(written, more.tokens, strict=True)]
+        num_written += size
+    return written
 
 
 def _chosen(model: RecurrentModel, hidden: Tensor, rows: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -4,8 +4,10 @@ A line is a figure as metrics.jsonl has it: `task, length, metric, value` and wh
 """
 
 import io
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
 from pipelines.tasks.curves import mark_end
 from pipelines.tasks.intervals import wilson_interval
-from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, UNWRITTEN
 
 Line = Mapping[str, Any]
 
@@ -35,13 +37,14 @@ UNITS = {
 ABOUT = {
     "true": "the state carried from segment to segment",
     "zeroed": "zeros instead of it before every segment",
-    "shuffled": "the state of the neighbouring row, which has read as much of another text",
+    "shuffled": "the state of the neighbouring row, which has read as much of another text, or that text to its end",
 }
 STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-blind readers tell apart
     "true": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "zeroed": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
+_BESIDE = {"num_samples": "samples", "chance": "chance", "num_at_once": "runs at once"}  # heads of a table's columns
 _MAX_POINTS = 128  # of a curve; more segments are averaged
 _COLUMNS = 4  # of panels
 
@@ -148,8 +151,8 @@ def _ends(lines: Sequence[Line]) -> str:
 
 
 def _table(metric: str, lines: Sequence[Line]) -> str:
-    """A row a length, a column a memory; samples and chance where they apply."""
-    extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
+    """A row a length, a column a memory; samples, chance and how many runs shared the machine where they apply."""
+    extra = [name for name in _BESIDE if any(name in line for line in lines)]
     rows = []
     told = {line.get("memory") for line in lines}
     columns: Sequence[str | None] = MEMORIES if ZEROED in told else [TRUE if TRUE in told else None]
@@ -161,7 +164,7 @@ def _table(metric: str, lines: Sequence[Line]) -> str:
         rows.append([f"{length:,}{mark}", *beside, *(cell(found.get(memory)) for memory in columns)])
     heads = [
         "tokens",
-        *("samples" if name == "num_samples" else name for name in extra),
+        *(_BESIDE[name] for name in extra),
         *(memory or "value" for memory in columns),
     ]
     return titled(metric, heads, rows)
@@ -190,19 +193,22 @@ def num_samples(lines: Sequence[Line]) -> str:
 
 
 def _curve_tables(metric: str, lines: Sequence[Line]) -> list[str]:
-    """For each length the means over segments 0, 1, 2-3, 4-7, ... by memory."""
+    """For each length the means over segments 0, 1, 2-3, 4-7, ... by memory, and how many rows reach them."""
     tables = []
     for length in distinct(lines, "length"):
         curves = {memory: curve_of(lines, length, memory) for memory in MEMORIES}
         size = max(len(curve) for curve in curves.values())
         if not curves[ZEROED]:
             curves = {TRUE: curves[TRUE]}
+        reached = {line["segment"]: line["num_samples"] for line in lines
+                   if line["length"] == length and line["memory"] == TRUE and "num_samples" in line}  # fmt: skip
+        heads = ["segment", *(["rows"] if reached else []), *curves]
         rows = []
         for start, end in stretches(size):
             means = [number(mean_loss(curve[start:end]) if curve else None) for curve in curves.values()]
-            rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *means])
-        told = next((f", {line['num_samples']:,} rows" for line in lines if "num_samples" in line), "")
-        tables.append(titled(f"{metric} at {length:,} tokens{told}", ["segment", *curves], rows, UNITS.get(metric)))
+            beside = [f"{reached[start]:,}"] if reached else []
+            rows.append([str(start) if end == start + 1 else f"{start}-{end - 1}", *beside, *means])
+        tables.append(titled(f"{metric} at {length:,} tokens", heads, rows, UNITS.get(metric)))
     return tables
 
 
@@ -229,13 +235,40 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         )
     if any(line.get("needs_memory") is False for line in lines):
         notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
+    if any(line["metric"] == UNWRITTEN for line in lines):
+        notes.append(
+            "Unwritten: behind so many texts full attention has no room to write; marks of what is written are of the "
+            "others."
+        )
     if any(line["metric"] == ORACLE for line in lines):
         notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
+    notes.extend(_read_of_held_out(lines))
     told = [line for line in lines if "memory" in line]
     measured = [{line["memory"] for line in told if line["length"] == length} for length in distinct(lines, "length")]
     if any(memories == {TRUE, ZEROED} for memories in measured):
         notes.append("A dash: a single row has no neighbour to be shuffled with.")
     return notes
+
+
+def _read_of_held_out(lines: Sequence[Line]) -> Iterator[str]:
+    """How much of the held-out text stands behind the losses of each length, and where shuffled memories come from."""
+    whole = [line for line in lines if "num_read" in line]
+    for line in (line for line in whole if line.get("memory") == TRUE):
+        length, num_rows = line["length"], line["num_samples"]
+        told = [
+            f"Texts of {length:,} tokens: {line['num_read']:,} of the {line['num_held_out']:,} tokens of the held-out "
+            f"text were read, in {counted(num_rows, 'row')}."
+        ]
+        same = next((one["num_same_text"] for one in whole if one["length"] == length and "num_same_text" in one), 0)
+        if same:
+            which = "All" if same == num_rows else f"{same:,} of the"
+            told.append(f"{which} shuffled memories are of another stretch of the same document.")
+        yield " ".join(told)
+
+
+def counted(num: int, noun: str) -> str:
+    """So many things, in words."""
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def about_intervals(lines: Iterable[Line]) -> list[str]:
@@ -248,10 +281,13 @@ def about_intervals(lines: Iterable[Line]) -> list[str]:
 
 
 def cell(line: Line | None) -> str:
-    """A figure with its interval, if it has one."""
+    """A figure with its interval, if it has one; counts without a fraction."""
     if line is None:
         return "-"
-    value = "nan" if line["value"] is None else number(line["value"])
+    if line["value"] is None:
+        value = "nan"
+    else:
+        value = number(round(line["value"]) if line["metric"].startswith("num_") else line["value"])
     return f"{value} [{number(line['low'])}, {number(line['high'])}]" if "low" in line else value
 
 
@@ -267,11 +303,36 @@ def distinct(lines: Iterable[Line], name: str) -> list[Any]:
     return list(dict.fromkeys(line[name] for line in lines))
 
 
-def curve_of(lines: Iterable[Line], length: int, memory: str) -> list[tuple[float, int]]:
-    """(value, tokens) by segment."""
+@dataclass(frozen=True)
+class Curve:
+    """Points (value, tokens) by segment; those of later segments are each of several together, from `starts[i]` on."""
+
+    starts: list[int]
+    points: list[tuple[float, int]]
+    num_segments: int
+
+    def __len__(self) -> int:
+        return self.num_segments
+
+    def __getitem__(self, part: slice) -> list[tuple[float, int]]:
+        """The points that begin among these segments."""
+        return [point for start, point in zip(self.starts, self.points, strict=True) if part.start <= start < part.stop]
+
+    def means(self, each: int) -> Iterator[tuple[float, float]]:
+        """Means over so many segments, or what is told together: pairs of (the middle of these segments, the value)."""
+        ends = [*self.starts[1:], self.num_segments]
+        told = list(zip(self.starts, ends, self.points, strict=True))
+        for _, group in itertools.groupby(told, lambda one: one[0] // each):
+            firsts, lasts, points = zip(*group, strict=True)
+            yield (firsts[0] + lasts[-1] - 1) / 2, mean_loss(points)
+
+
+def curve_of(lines: Iterable[Line], length: int, memory: str) -> Curve:
     chosen = [line for line in lines if line["length"] == length and line["memory"] == memory]
-    values = [(line["value"], line["num_tokens"]) for line in sorted(chosen, key=lambda line: line["segment"])]
-    return [(math.nan if value is None else value, num) for value, num in values]
+    chosen.sort(key=lambda line: line["segment"])
+    points = [(math.nan if line["value"] is None else line["value"], line["num_tokens"]) for line in chosen]
+    num_segments = chosen[-1]["segment"] + chosen[-1].get("num_segments", 1) if chosen else 0
+    return Curve([line["segment"] for line in chosen], points, num_segments)
 
 
 def mean_loss(points: Sequence[tuple[float, int]]) -> float:
@@ -344,9 +405,7 @@ def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
         if not curve:
             continue
         each = -(-len(curve) // _MAX_POINTS)
-        starts = range(0, len(curve), each)
-        x = [start + (len(curve[start : start + each]) - 1) / 2 for start in starts]
-        y = [mean_loss(curve[start : start + each]) for start in starts]
+        x, y = zip(*curve.means(each), strict=True)
         panel.plot(x, y, label=memory, markersize=4 if len(x) <= 32 else 0, **STYLES[memory])
     averaged = f", means of {each}" if each > 1 else ""
     panel.set_xlabel(f"segment index (segments of {subject.segment_len:,} tokens{averaged})")
@@ -367,7 +426,8 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
         below = [line["value"] - line["low"] for line in chosen]
         above = [line["high"] - line["value"] for line in chosen]
         panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, markersize=5, **STYLES[memory])
-    panel.axhline(lines[0]["chance"], color="grey", linestyle=":", label=f"chance ({lines[0]['chance']:.3g})")
+    if chances := [line["chance"] for line in lines if "chance" in line]:
+        panel.axhline(chances[0], color="grey", linestyle=":", label=f"chance ({chances[0]:.3g})")
     length_axis(panel, lengths)
     panel.set_ylim(-0.03, 1.03)
     if ends:

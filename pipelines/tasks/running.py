@@ -64,13 +64,13 @@ def reading(model: RecurrentModel, full: Full | None) -> RecurrentModel:
     return model if full is None else FullContext(model, **full._asdict())
 
 
-def _num_texts(figures: Sequence[Figure], length: int) -> int:
-    """How many were read: samples, or rows of which all tokens but the first are predicted."""
+def _num_texts(figures: Sequence[Figure], length: int) -> float:
+    """How many were read: samples, or, as documents end anywhere, what held-out text makes in texts of this length."""
     first = figures[0]
-    if first.num_samples is not None:
-        return first.num_samples
-    assert first.num_tokens is not None
-    return first.num_tokens // (length - 1)
+    if first.num_read is not None:
+        return first.num_read / length
+    assert first.num_samples is not None
+    return first.num_samples
 
 
 def load(uri: str, device: str = "cpu") -> tuple[RecurrentModel, Tokenizer]:

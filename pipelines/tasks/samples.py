@@ -17,7 +17,7 @@ class Answer(NamedTuple):
 
     at: int  # place of its first token
     tokens: np.ndarray  # (a,) int32
-    num_choices: float  # chance is 1 / num_choices
+    num_choices: float  # chance is 1 / num_choices; infinite: there is no telling
 
 
 class Scorer(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Any
 
 import rmt_core
 from pipelines.tasks.held_out import HeldOut
-from pipelines.tasks.report import FULL_ATTENTION, Subject
+from pipelines.tasks.report import FULL_ATTENTION, Subject, counted
 from rmt_core import FullContext, RecurrentModel
 
 
@@ -12,7 +12,7 @@ def subject_of(name: str, model: RecurrentModel, held_out: HeldOut, seeds: range
     """Of a model that reads segment by segment, or with the whole text in context."""
     full = isinstance(model, FullContext)
     words = " with ".join(_in_words(settings) for settings in model.config.memory)
-    documents = _counted(len(held_out.num_tokens), "document")
+    documents = counted(len(held_out.num_tokens), "document")
     return Subject(
         name=name,
         fingerprint=rmt_core.fingerprint(model),
@@ -32,7 +32,3 @@ def _in_words(settings: dict[str, Any]) -> str:
     """A memory's kind and settings, without those that are off."""
     rest = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind" and value)
     return f"{settings['kind']} ({rest})" if rest else str(settings["kind"])
-
-
-def _counted(num: int, noun: str) -> str:
-    return f"{num:,} {noun}{'' if num == 1 else 's'}"

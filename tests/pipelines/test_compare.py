@@ -93,6 +93,7 @@ def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, caps
         ({"num_parameters": None}, {}),
         ({"segment_len": 48}, {}),
         ({}, {"background": "prose"}),
+        ({}, {"questions_version": 2}),
         ({}, {"num_samples": 8}),
         ({}, {"depths": [0.0, 1.0]}),
         ({}, {"seed": 1}),

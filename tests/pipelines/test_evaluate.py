@@ -1,6 +1,7 @@
 """The evaluate job as a command: what it writes, what it refuses, and its report."""
 
 import io
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -10,20 +11,24 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import numpy as np
 import pytest
+import ray
 import torch
+from matplotlib.axes import Axes
 
 import rmt_core
 from pipelines import evaluate, storage
 from pipelines.config import InputError
 from pipelines.data import store
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, report
+from pipelines.tasks import TASKS, base, questions, report
 from pipelines.tasks.base import MEMORIES, Figure, Material
 from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
 from pipelines.tasks.intervals import wilson_interval
+from pipelines.tasks.perplexity import stretch_bounds
 from pipelines.tasks.report import Subject
-from pipelines.tasks.running import Run, check_compiler, load
+from pipelines.tasks.running import Run, _num_texts, check_compiler, load
+from pipelines.tasks.samples import Answer, Sample
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
@@ -101,6 +106,9 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
         (task, length, metric) for task in ("perplexity", "recall") for length in (64, 100) for metric in COSTS
     ]
     assert all(line["value"] > 0 for line in costs)
+    num_at_once = min(4, int(ray.cluster_resources()["CPU"]))
+    assert [line["num_at_once"] for line in costs] == [num_at_once] * len(costs)
+    assert "| tokens | runs at once | value |" in (output / "results.md").read_text()
     for line, want in zip(lines, wanted, strict=True):
         assert line["state_floats"] == 3 * 32
         assert line["num_parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
@@ -136,6 +144,11 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     other = run(*words[:-1], 8)
     assert other.code == 2
     assert "seed 7 there, 8 asked for" in other.err[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "QUESTIONS_VERSION", 1)
+        other = run(*words)
+    assert other.code == 2
+    assert f"questions_version {base.QUESTIONS_VERSION} there, 1 asked for" in other.err[-1]
     assert lines_of(output) == lines
 
 
@@ -176,6 +189,9 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
     other = run(*words, "--batch-size", 2, "--output", output)
     assert other.code == 2
     assert "unfinished evaluation made otherwise" in other.err[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "QUESTIONS_VERSION", 1)
+        assert run(*words, "--output", output).code == 2
     monkeypatch.setattr(evaluate, "_measure", watched)
     assert run(*words, "--output", output).result["metrics"] == wanted
     assert len(asked) == 5
@@ -303,6 +319,10 @@ def test_a_fault_of_the_input_seen_by_a_worker_is_reported_as_such(local_ray: No
     assert "\n" not in str(error.value)
 
 
+def test_as_many_runs_are_under_way_as_there_are_devices_for() -> None:
+    assert [evaluate._at_once(*pair) for pair in ((4, 2.0), (1, 16.0), (5, 0.0))] == [2, 1, 1]
+
+
 def test_a_peak_is_that_of_the_run_and_not_of_those_before() -> None:
     large = np.ones(2**26, dtype=np.uint8)
     del large
@@ -351,7 +371,8 @@ def test_rows_of_a_store_never_cross_documents(tmp_path: Path) -> None:
     held_out = open_held_out(str(tmp_path / "store"), BYTES)
     model = tiny_model(RMT, segment_len=16, vocab_size=257)
     figures = TASKS["perplexity"].measure(model, 25, Material(BYTES, held_out))
-    assert figures[0].num_tokens == (2 + 2) * 24
+    assert figures[0].num_tokens == (2 + 2) * 24 + 19 + 19  # of the second one's end, of the short third one
+    assert (figures[0].num_read, figures[0].num_held_out) == (140, 140)
     with pytest.raises(InputError, match="at most 70"):
         TASKS["perplexity"].check(71, 16, Material(BYTES, held_out))
 
@@ -408,6 +429,41 @@ def test_the_table_averages_a_curve_over_doubling_stretches() -> None:
     ]
 
 
+def test_segments_that_are_told_together_are_the_same_curve() -> None:
+    num, values = 1000, np.random.default_rng(0).normal(4, 1, 1000)
+    one_by_one = curve(64 * num, "true", values.tolist())
+    starts = (stretch_bounds(64 * num, 64) // 64).tolist()
+    figures = [
+        Figure("loss_by_segment", float(values[a:b].mean()), "true", a, b - a, 64 * (b - a))
+        for a, b in itertools.pairwise(starts)
+    ]
+    together = [line("perplexity", 64 * num, figure) for figure in figures]
+    assert len(together) == 128 + 3 * 64 - 3  # the last one of a doubling is cut by the end: 1000 = 512 + 61 x 8
+    assert report.markdown(SUBJECT, together) == report.markdown(SUBJECT, one_by_one)
+    found = [report.curve_of(lines, 64 * num, "true") for lines in (one_by_one, together)]
+    assert [len(one) for one in found] == [num, num]
+    for a, b in report.stretches(num):
+        assert report.mean_loss(found[0][a:b]) == pytest.approx(report.mean_loss(found[1][a:b]), abs=1e-12)
+    drawn = [list(one.means(8)) for one in found]
+    np.testing.assert_allclose(drawn[0], drawn[1], rtol=0, atol=1e-12)
+    assert drawn[0][:2] == [pytest.approx((3.5, values[:8].mean())), pytest.approx((11.5, values[8:16].mean()))]
+    assert list(found[1].means(1))[-1] == pytest.approx((995.5, values[992:].mean()))
+
+
+def test_the_table_tells_how_much_was_read_and_by_how_many_rows() -> None:
+    model, held_out = tiny_model(RMT, segment_len=16, vocab_size=257), TextHeldOut("letters", "f", np.arange(97))
+    figures = TASKS["perplexity"].measure(model, 32, Material(BYTES, held_out))
+    written = report.markdown(SUBJECT, [line("perplexity", 32, figure) for figure in figures])
+    assert "Texts of 32 tokens: 96 of the 97 tokens of the held-out text were read, in 3 rows." in written
+    assert "All shuffled memories are of another stretch of the same document." in written
+    figures = TASKS["perplexity"].measure(model, 35, Material(BYTES, held_out))
+    written = report.markdown(SUBJECT, [line("perplexity", 35, figure) for figure in figures])
+    assert "Texts of 35 tokens: 97 of the 97 tokens" in written
+    rows = [row.split(" | ")[:2] for row in written.splitlines() if row.startswith(("| 0 |", "| 1 |", "| 2 |"))]
+    assert rows == [["| 0", "3"], ["| 1", "3"], ["| 2", "2"]]
+    assert _num_texts(figures, 35) == pytest.approx(97 / 35)
+
+
 def test_a_value_that_is_no_number_is_null_and_stands_in_the_report() -> None:
     lines = [line("perplexity", 64, Figure("loss", float("nan"), memory, num_tokens=63)) for memory in MEMORIES]
     lines += curve(64, "true", [float("inf")])
@@ -423,6 +479,36 @@ def test_the_plot_has_a_panel_for_each_thing_measured(kinds: str) -> None:
     lines = {"curves": curves, "answers": answers, "both": curves + answers}[kinds]
     image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * (2 if kinds == "both" else 1))
+
+
+def test_where_there_is_no_telling_what_chance_gives_none_is_shown() -> None:
+    def right(*num_choices: float) -> list[Figure]:
+        answers = tuple(Answer(i + 1, np.zeros(1, np.int32), num) for i, num in enumerate(num_choices))
+        marks = {memory: [np.ones(len(answers), dtype=bool)] * 2 for memory in MEMORIES}
+        scores: dict[str, list[dict[str, float]]] = {memory: [{}] * 2 for memory in MEMORIES}
+        return questions.figures([Sample(lambda: iter(()), 9, answers)] * 2, questions.Marks(marks, scores))
+
+    assert {figure.chance for figure in right(4, 2) if figure.metric == "accuracy"} == {0.375}
+    lines = [line("file", 64, figure) for figure in right(4, float("inf"))]
+    assert not any("chance" in item for item in lines)
+    assert "chance" not in report.markdown(SUBJECT, lines)
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "axhline", lambda self, *_, label, **__: found.append(label))
+        report.plot(SUBJECT, lines)
+        report.plot(SUBJECT, [accuracy(64, memory, 0.5) for memory in MEMORIES])
+    assert found == ["chance (0.0625)"]
+
+
+def test_a_count_is_the_same_line_after_an_interruption_and_whole_in_the_table(tmp_path: Path) -> None:
+    run, output, identity = Run("file", 64, "m", "cpu", 0), str(tmp_path), {"task": ["file"]}
+    figures = [Figure("accuracy", 0.5, "true", num_samples=4, low=0, high=1), Figure("num_longer", 3)]
+    evaluate._begin(output, identity, [run])
+    evaluate._keep(output, run, figures)
+    [kept] = evaluate._begin(output, identity, [run]).values()
+    lines = [json.dumps([evaluate._line(run, figure, SUBJECT) for figure in found]) for found in (figures, kept)]
+    assert lines[0] == lines[1]
+    assert "| 64 | 3 |" in report.markdown(SUBJECT, json.loads(lines[1]))
 
 
 def test_seeds_are_pooled_with_the_interval_of_all_their_samples() -> None:

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 import rmt_core
 from pipelines import evaluate, storage
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, perplexity, questions
+from pipelines.tasks import TASKS, perplexity, questions, report
 from pipelines.tasks.base import DOES_NOT_FIT, TRUE, Figure, Material
 from pipelines.tasks.held_out import TextHeldOut
+from pipelines.tasks.report import Subject
 from pipelines.tasks.running import Run, measure
 from pipelines.tasks.samples import Answer, Sample, Scorer
-from rmt_core import FullContext, RecurrentModel, floats_per_token, full_context
+from rmt_core import DoesNotFitError, FullContext, RecurrentModel, floats_per_token, full_context
 from tests.rmt_core.tiny import tiny_model
 
 BYTES = ByteTokenizer()
@@ -91,14 +92,45 @@ def test_answers_over_several_segments_are_hugging_faces(family: str, monkeypatc
     assert sorted(written) == sorted(BYTES.decode(greedy(model, prompt, 4)) for prompt in prompts)
 
 
+@pytest.mark.parametrize("limit", ["positions", "bytes"])
+def test_a_text_that_fits_is_answered_where_there_is_no_room_to_write_behind_it(limit: str) -> None:
+    model = made("gpt2") if limit == "positions" else made()
+    max_bytes = None if limit == "positions" else 2 * 255 * floats_per_token(model.backbone) * 8
+    prompts = [np.random.default_rng(i).integers(97, 123, size).tolist() for i, size in enumerate((254, 249))]
+    texts = [prompt + greedy(model, prompt, 2) for prompt in prompts]
+    written: list[str] = []
+    samples = [sample(text, len(prompt), written) for text, prompt in zip(texts, prompts, strict=True)]
+    full = FullContext(model, max_bytes=max_bytes)
+    marks = questions.batch_marks(full, samples, [TRUE], BYTES)
+    assert [one.tolist() for one in marks.right[TRUE]] == [[True], [True]]
+    assert marks.scores[TRUE] == [{}, {"kept": 1.0}]  # the shorter one has room for the four tokens
+    assert written == [BYTES.decode(greedy(model, prompts[1], 4))]
+    found = {figure.metric: figure for figure in questions.figures(samples, marks)}
+    assert (found["accuracy"].value, found["accuracy"].num_samples) == (1.0, 2)
+    assert (found["kept"].num_samples, found["num_unwritten"].value) == (1, 1.0)
+    nowhere = questions.figures(samples[:1] * 2, questions.batch_marks(full, samples[:1] * 2, [TRUE], BYTES))
+    assert [figure.metric for figure in nowhere] == ["accuracy", "num_unwritten"]
+    subject = Subject("tiny", "f" * 64, "full attention", SEGMENT, 0, "a book", "0", 1000, 64, SEGMENT, 256)
+    lines = [evaluate._line(Run("qa1", 256, "m", "cpu", 0), figure, subject) for figure in nowhere]
+    table = report.markdown(subject, lines)
+    assert "| 256 | 2 |" in table.split("### num unwritten")[1]
+    assert "no room to write" in table
+    with pytest.raises(DoesNotFitError):
+        questions.batch_marks(full, [sample(texts[0] + [97, 98], 256, written)] * 2, [TRUE], BYTES)
+
+
 @pytest.mark.parametrize("family", LONG)
 def test_losses_by_segment_are_hugging_faces(family: str) -> None:
     model = made(family)
     texts = np.random.default_rng(0).integers(97, 123, (2, 77))
-    losses = perplexity.batch_losses(FullContext(model), texts, [TRUE])[TRUE]
-    for row, text in zip(losses, texts.tolist(), strict=True):
+    held_out = TextHeldOut("letters", "f", np.concatenate(texts))
+    rows = [perplexity.Row(0, 0, 77), perplexity.Row(0, 77, 137)]  # the second one ends before
+    bounds = perplexity.stretch_bounds(76, SEGMENT)
+    losses = perplexity.batch_losses(FullContext(model), rows, held_out=held_out, memories=[TRUE], bounds=bounds)[TRUE]
+    for row, text in zip(losses, (texts[0].tolist(), texts[1, :60].tolist()), strict=True):
         nats = F.cross_entropy(logits_of(model, text)[:-1], torch.tensor(text[1:]), reduction="none")
         wanted = [float(part.sum()) for part in nats.split(SEGMENT)]
+        wanted += [0.0] * (5 - len(wanted))
         assert row == pytest.approx(wanted, rel=0, abs=1e-9)
 
 
@@ -226,7 +258,7 @@ def test_nothing_that_fits_is_a_result_too(model: Path, tmp_path: Path, capfd: p
 
 
 def test_evaluations_segment_by_segment_are_told_apart_by_nothing_new(model: Path, tmp_path: Path) -> None:
-    """Those of before go on to be found finished."""
+    """What those do not read keeps no two of them apart."""
     config = evaluate.EvaluateConfig(model=str(model), output=str(tmp_path), task=["recall"], lengths=[96])
     *_, identity = evaluate._inspect(config, str(model))
     assert not identity.keys() & {"attention", "ablations", "memory_limit", "segment_len", "compile"}

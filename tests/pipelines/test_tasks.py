@@ -6,7 +6,10 @@ Axes: B rows, N tokens of a text, T tokens of a segment, V vocabulary.
 import dataclasses
 import itertools
 import math
+import tracemalloc
+from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +19,11 @@ import torch
 import rmt_core
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, base, texts
+from pipelines.tasks import TASKS, base, perplexity, questions, texts
 from pipelines.tasks.base import MEMORIES, Figure, Material, batch_sizes
 from pipelines.tasks.held_out import TextHeldOut
-from pipelines.tasks.intervals import ratio_interval, t_interval, wilson_interval
-from pipelines.tasks.perplexity import batch_losses
+from pipelines.tasks.intervals import Ratios, t_interval, wilson_interval
+from pipelines.tasks.perplexity import Row, batch_losses, stretch_bounds
 from pipelines.tasks.questions import Marks, batch_marks
 from pipelines.tasks.samples import Answer, Sample, Scorer
 from rmt_core import RecurrentModel
@@ -47,6 +50,23 @@ def select(figures: list[Figure], metric: str, memory: str) -> list[Figure]:
     return [figure for figure in figures if figure.metric == metric and figure.memory == memory]
 
 
+class Documents:
+    """Several of random tokens."""
+
+    name, fingerprint = "random", "f"
+
+    def __init__(self, num_tokens: list[int], vocab: int = VOCAB) -> None:
+        self.num_tokens = num_tokens
+        self._texts = [text(num, seed, vocab).tokens for seed, num in enumerate(num_tokens)]
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        return self._texts[document][start:stop]
+
+
+def naive_nats(logits: torch.Tensor, labels: Sequence[int]) -> list[float]:
+    return [-float(torch.log_softmax(row, 0)[int(label)]) for row, label in zip(logits, labels, strict=True)]
+
+
 def naive_logits(model: RecurrentModel, rows: list[list[int]], memory: str) -> list[torch.Tensor]:
     """Logits (N, V) of each row, one row and one segment at a time. The neighbour of row i is row i - 1."""
     size, count = model.segment_len, len(rows)
@@ -71,15 +91,140 @@ def naive_logits(model: RecurrentModel, rows: list[list[int]], memory: str) -> l
 @pytest.mark.parametrize("memory", ["none", "rmt", "xl", "xl+rmt"])
 def test_losses_equal_a_naive_loop(memory: str) -> None:
     model = tiny_model(TINY_MEMORIES[memory], segment_len=6)
-    texts = text(3 * 17, vocab=VOCAB).tokens.reshape(3, 17)
-    losses = batch_losses(model, texts, MEMORIES)
+    held_out = Documents([17, 40])
+    rows = [Row(0, 0, 17), Row(1, 0, 17), Row(1, 17, 34), Row(1, 34, 40)]  # the last one ends before the others
+    losses = batch_losses(model, rows, held_out=held_out, memories=MEMORIES, bounds=stretch_bounds(16, 6))
+    texts = [held_out.read(*row) for row in rows]
     for kind in MEMORIES:
-        for i, logits in enumerate(naive_logits(model, texts[:, :-1].tolist(), kind)):
-            nats = [
-                -float(torch.log_softmax(row, 0)[int(label)]) for row, label in zip(logits, texts[i, 1:], strict=True)
-            ]
+        naive = naive_logits(model, [one[:-1].tolist() for one in texts], kind)
+        for i, (logits, one) in enumerate(zip(naive, texts, strict=True)):
+            nats = naive_nats(logits, one[1:])
             wanted = [sum(nats[start : start + 6]) for start in range(0, 16, 6)]
             np.testing.assert_allclose(losses[kind][i], wanted, rtol=0, atol=1e-9)
+
+
+def test_whole_documents_are_measured_as_a_naive_loop_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row after row, alone: full rows, the shorter last ones, and documents shorter than the length."""
+    monkeypatch.setattr(perplexity, "_SINGLE", 4)  # segments from 4 on are told in twos, from 8 on in fours
+    monkeypatch.setattr("pipelines.tasks.held_out._BLOCK", 5)
+    model, documents = byte_model(segment_len=3), Documents([71, 95, 2, 14, 1, 31], vocab=256)
+    figures = TASKS["perplexity"].measure(model, 40, material(held_out=documents, batch_size=3))
+    nats: dict[str, list[list[float]]] = {"true": [], "zeroed": []}
+    for number, num in enumerate(documents.num_tokens):
+        for start in range(0, num, 40):
+            row = documents.read(number, start, min(start + 40, num)).tolist()
+            for memory, found in nats.items():
+                if len(row) >= 2:
+                    [logits] = naive_logits(model, [row[:-1]], memory)
+                    found.append(naive_nats(logits, row[1:]))
+    stretches = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 12), (12, 13)]
+    for memory, found in nats.items():
+        assert sorted(map(len, found)) == [1, 13, 14, 30, 30, 39, 39, 39]
+        loss = select(figures, "loss", memory)[0]
+        assert loss.value == pytest.approx(sum(map(sum, found)) / 205, abs=1e-10)
+        assert (loss.num_tokens, loss.num_samples, loss.num_read, loss.num_held_out) == (205, 8, 213, 214)
+        bits = select(figures, "bits_per_byte", memory)[0]
+        assert bits.value == pytest.approx(loss.value / math.log(2), abs=1e-10)
+        curve = select(figures, "loss_by_segment", memory)
+        assert [(one.segment, (one.segment or 0) + (one.num_segments or 1)) for one in curve] == stretches
+        for one, (start, end) in zip(curve, stretches, strict=True):
+            parts = [part for row in found if (part := row[3 * start : 3 * end])]
+            assert one.value == pytest.approx(sum(map(sum, parts)) / sum(map(len, parts)), abs=1e-10)
+            assert (one.num_tokens, one.num_samples) == (sum(map(len, parts)), len(parts))
+
+
+class Unchanging(torch.nn.Module):
+    """What perplexity needs of a model, as little as can be: it foretells by the last token alone."""
+
+    segment_len = step_len = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Module()
+        self.backbone.head = torch.nn.Linear(4, 8)
+        self.backbone.vocab_size = 8
+
+    def init_state(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, 1)
+
+    def step(self, tokens: torch.Tensor, state: torch.Tensor, lengths: Any) -> tuple[Any, torch.Tensor]:
+        return SimpleNamespace(hidden=(tokens[..., None] % 4 == torch.arange(4)).float()), state
+
+
+class Made(Documents):
+    """Long texts that are made when they are read."""
+
+    def __init__(self, num_tokens: list[int]) -> None:
+        self.name, self.fingerprint, self.num_tokens = "made", "f", num_tokens
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        return (np.arange(start, stop) % 8).astype(np.int32)
+
+
+def test_memory_is_the_same_at_every_length() -> None:
+    """Neither rows nor a figure for every segment are held."""
+    peaks, counts = [], []
+    for length in (2**17, 2**20):
+        held_out = Made([length, length - 1])
+        tracemalloc.start()
+        figures = TASKS["perplexity"].measure(Unchanging(), length, material(held_out=held_out, ablations=False))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        counts.append(len(figures))
+        assert figures[0].num_tokens == 2 * length - 3
+    assert counts == [2 + 128 + 64 * 2, 2 + 128 + 64 * 5]
+    assert peaks[1] < peaks[0] + 2**19  # of each row, int32, there are 3.5 MiB more
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rest", [0, 5])
+@pytest.mark.parametrize("counts", [[7], [4, 4], [5, 5, 3], [1, 2, 9, 6], [20, 3, 3], [1] * 9, [2, 1, 1], [16, 16]])
+def test_neighbours_are_of_different_documents_where_that_can_be(counts: list[int], rest: int, batch_size: int) -> None:
+    counts = [num + bool(rest) for num in counts]  # of rows of 10 tokens, the last one shorter
+    rows = [
+        Row(i, at, min(at + 10, 10 * (num - bool(rest)) + rest))
+        for i, num in enumerate(counts)
+        for at in range(0, 10 * num, 10)
+    ]
+    there = Documents([10 * (num - bool(rest)) + rest for num in counts])
+    cut = list(perplexity.batches(perplexity.rows_to_read(10, 5, material(held_out=there)), batch_size))
+    assert sorted(row for batch in cut for row in batch) == rows
+    lengths = [[row.num_tokens for row in batch] for batch in cut]
+    assert all(min(before) >= max(after) for before, after in itertools.pairwise(lengths))  # the longest ones first
+    for batch in cut:
+        neighbours = list(zip(batch, [batch[-1], *batch[:-1]], strict=True))
+        same = sum(a.document == b.document for a, b in neighbours)
+        most = max(Counter(row.document for row in batch).values())
+        if most <= len(batch) // 2:
+            assert same == 0
+        elif len(counts) > 1 and max(counts) <= len(rows) / 2 and not rest:
+            assert same <= 1  # an odd number of rows, or a single row too many
+        if len(counts) == 1 and len(batch) > 2:
+            assert min(abs(a.start - b.start) for a, b in neighbours) >= 10 * ((len(batch) - 1) // 2)
+
+
+def test_it_is_told_whether_a_shuffled_memory_is_of_another_document() -> None:
+    for num_tokens, wanted in (([200], 5), ([80, 80], 0), ([120, 40], 2)):
+        figures = TASKS["perplexity"].measure(byte_model(), 40, material(held_out=Documents(num_tokens)))
+        assert select(figures, "loss", "shuffled")[0].num_same_text == wanted
+        assert {figure.num_same_text for figure in figures if figure.memory != "shuffled"} == {None}
+
+
+def test_a_decoder_that_treats_the_first_token_apart_counts_every_byte() -> None:
+    class Spaced(ByteTokenizer):
+        """Gives a space for every token 0, but none at the start; 200 is a third of a character."""
+
+        def decode_bytes(self, ids: Any) -> bytes:
+            text = "".join(" " if one == 0 else "b" if one < 200 else "c" for one in np.asarray(ids))
+            text = text.replace("ccc", "\N{EURO SIGN}").replace("c", "\N{REPLACEMENT CHARACTER}" * 2)
+            return text.removeprefix(" ").encode()
+
+    ids = np.array([0, 0, 5, 200, 200, 200, 7] * 9, dtype=np.int32)
+    held_out = TextHeldOut("spaced", "f", ids)
+    for block in (1, 2, 3, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipelines.tasks.held_out._BLOCK", block)
+            assert perplexity._num_bytes(Spaced(), held_out, Row(0, 0, 63)) == 9 * 7 - 1
 
 
 def test_true_loss_is_the_models_own() -> None:
@@ -92,8 +237,10 @@ def test_true_loss_is_the_models_own() -> None:
 
 def test_a_zeroed_memory_is_each_segment_alone_from_a_state_of_zeros() -> None:
     model = byte_model(segment_len=8)
-    texts = text(2 * 25).tokens.reshape(2, 25)
-    losses = batch_losses(model, texts, ["true", "zeroed"])["zeroed"]
+    held_out, rows = text(2 * 25), [Row(0, 0, 25), Row(0, 25, 50)]
+    texts = held_out.tokens.reshape(2, 25)
+    bounds = stretch_bounds(24, 8)
+    losses = batch_losses(model, rows, held_out=held_out, memories=["true", "zeroed"], bounds=bounds)["zeroed"]
     for s, start in enumerate(range(0, 24, 8)):
         inputs, labels = (torch.from_numpy(texts[:, at : at + 8]).long() for at in (start, start + 1))
         out, _ = model.step(inputs, torch.zeros_like(model.init_state(2)))
@@ -111,10 +258,12 @@ def test_without_a_memory_the_three_are_equal() -> None:
 def test_perplexity_counts_every_predicted_token(length: int) -> None:
     held_out = text(200)
     figures = TASKS["perplexity"].measure(byte_model(), length, material(held_out=held_out))
-    num_rows = 200 // length
+    num_rows, rest = divmod(200, length)
+    num_rows, num_read = (num_rows + 1, 200) if rest >= 2 else (num_rows, 200 - rest)
     whole = select(figures, "loss", "true")[0]
     curve = select(figures, "loss_by_segment", "true")
-    assert whole.num_tokens == num_rows * (length - 1) == sum(figure.num_tokens or 0 for figure in curve)
+    assert whole.num_tokens == num_read - num_rows == sum(figure.num_tokens or 0 for figure in curve)
+    assert (whole.num_read, whole.num_held_out, whole.num_samples) == (num_read, 200, num_rows)
     assert [figure.segment for figure in curve] == list(range(math.ceil((length - 1) / 16)))
     mean = sum(figure.value * (figure.num_tokens or 0) for figure in curve) / whole.num_tokens
     assert whole.value == pytest.approx(mean, abs=1e-12)
@@ -123,26 +272,37 @@ def test_perplexity_counts_every_predicted_token(length: int) -> None:
 
 
 def test_the_intervals_of_losses_are_those_of_their_rows() -> None:
-    figures = TASKS["perplexity"].measure(byte_model(), 40, material(held_out=text(200)))
-    texts = text(200).tokens.reshape(5, 40)
-    losses = batch_losses(byte_model(), texts, ["true"])["true"]
+    held_out, rows = text(200), [Row(0, at, at + 40) for at in range(0, 200, 40)]
+    figures = TASKS["perplexity"].measure(byte_model(), 40, material(held_out=held_out))
+    bounds = stretch_bounds(39, 16)
+    losses = batch_losses(byte_model(), rows, held_out=held_out, memories=["true"], bounds=bounds)["true"]
     whole = select(figures, "loss", "true")[0]
     assert (whole.value, whole.low, whole.high) == pytest.approx(t_interval((losses.sum(1) / 39).tolist()), abs=1e-12)
     last = select(figures, "loss_by_segment", "true")[-1]
     assert (last.value, last.low, last.high) == pytest.approx(t_interval((losses[:, -1] / 7).tolist()), abs=1e-12)
     assert {figure.num_samples for figure in figures} == {5}
-    alone = TASKS["perplexity"].measure(byte_model(), 150, material())[0]
+    alone = TASKS["perplexity"].measure(byte_model(), 200, material())[0]
     assert (alone.low, alone.high, alone.num_samples) == (None, None, 1)
 
 
 def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(2000):
-        sizes = generator.uniform(1, 5, size=20)
-        _, low, high = ratio_interval(2 * sizes + generator.normal(size=20) * sizes, sizes)
+    sizes = generator.uniform(1, 5, size=(20, 2000))
+    sums = 2 * sizes + generator.normal(size=(20, 2000)) * sizes
+    sizes[:4, 0] = 0  # rows that have no part in the first one
+    ratios, covered = Ratios(2000), 0
+    for row in zip(sums, sizes, strict=True):
+        ratios.add(*row)
+    for index in range(2000):
+        has = sizes[:, index] > 0
+        x, y = sums[has, index], sizes[has, index]
+        mean, low, high = ratios.interval(index)
         assert low is not None
         assert high is not None
+        half = {20: 2.093, 16: 2.131}[len(x)] * math.sqrt(((x - mean * y) ** 2).sum() / (len(x) - 1) / len(x))
+        assert (mean, high - mean, mean - low) == pytest.approx(
+            (x.sum() / y.sum(), half / y.mean(), half / y.mean()), rel=1e-10
+        )
         covered += low < 2 < high
     assert 0.91 < covered / 2000 < 0.97
 
@@ -168,7 +328,7 @@ def test_what_a_tokenizer_does_not_allow_is_one_line() -> None:
 
 
 def test_a_single_row_is_measured_without_shuffling() -> None:
-    figures = TASKS["perplexity"].measure(byte_model(), 150, material())
+    figures = TASKS["perplexity"].measure(byte_model(), 200, material())
     assert {figure.memory for figure in figures} == {"true", "zeroed"}
 
 
@@ -184,7 +344,14 @@ def test_limit_segments_takes_rows_from_the_whole_text(monkeypatch: pytest.Monke
     held_out, read = text(400), []
     monkeypatch.setattr(TextHeldOut, "read", lambda self, i, a, b: read.append(a) or self.tokens[a:b])
     TASKS["perplexity"].measure(byte_model(), 40, material(held_out=held_out, limit_segments=7))
-    assert read == [0, 200]
+    assert {at // 40 for at in read} == {0, 5}
+
+
+def test_limit_segments_leaves_short_rows_out_first() -> None:
+    held_out = Documents([30, 95, 20, 50])
+    for limit, wanted in ((3, 40), (6, 80), (9, 120), (12, 150), (17, 170), (18, 185), (24, 195), (None, 195)):
+        figures = TASKS["perplexity"].measure(byte_model(), 40, material(held_out=held_out, limit_segments=limit))
+        assert figures[0].num_read == wanted
 
 
 @pytest.mark.parametrize(
@@ -316,11 +483,45 @@ def test_scorers_get_what_each_memory_writes(lengths: list[int]) -> None:
 
     whole = [written(one.tokens) for one in questions]
     starts = [(len(one.tokens) - 1) // 6 * 6 for one in questions]
-    alone = rmt_core.open_session(model, 1)
-    alone = alone._replace(state=rmt_core.state.zeroed(alone.state))
-    zeroed = [written(one.tokens[at:], alone) for one, at in zip(questions, starts, strict=True)]
-    assert len(heard) == 9
-    assert set(whole) | set(zeroed) <= set(heard)
+    carried = [model.init_state(1) for _ in questions]
+    given: list[list[Any]] = []  # each row's state before each segment, or at its end
+    for start in range(0, max(lengths) + 2, 6):
+        given.append(list(carried))
+        for row, one in enumerate(questions):
+            if len(piece := np.concatenate([one.tokens, one.answer[:-1]])[start : start + 6]):
+                carried[row] = model.step(torch.from_numpy(piece)[None], carried[row])[1]
+
+    def alone(question: Question, start: int, state: Any) -> str:
+        """Greedy writing, a segment at a time, each of which is given this state."""
+        open_tokens, found = question.tokens[start:].tolist(), []
+        for _ in range(9):
+            logits = model.step(torch.tensor([open_tokens]), state)[0].logits[0, -1]
+            found.append(int(logits.argmax()))
+            open_tokens = [*(open_tokens if len(open_tokens) < 6 else []), found[-1]]
+        return BYTES.decode(found[: found.index(256)] if 256 in found else found)
+
+    zeroed = [alone(one, at, carried[0] * 0) for one, at in zip(questions, starts, strict=True)]
+    shuffled = [
+        alone(one, at, given[at // 6][i - 1]) for i, (one, at) in enumerate(zip(questions, starts, strict=True))
+    ]
+    assert sorted(heard) == sorted([*whole, *zeroed, *shuffled])
+
+
+def test_rows_of_an_ablated_memory_write_as_each_alone_up_to_the_end_token() -> None:
+    model, states = byte_model(segment_len=6), torch.randn(3, *byte_model().init_state(1).shape[1:]).double()
+    prompts = [[5, 6], [7, 8, 9, 10, 11], [1, 2, 3, 4, 5, 6]]
+
+    def written(rows: list[int], ends: list[int]) -> list[list[int]]:
+        session = rmt_core.open_session(model, len(rows))._replace(state=states[rows])
+        return questions._written_from_one_state(model, [prompts[row] for row in rows], 20, session, ends)
+
+    alone = [written([row], [])[0] for row in range(3)]
+    assert written([0, 1, 2], []) == alone
+    assert [len(one) for one in alone] == [20] * 3
+    end = alone[1][8]
+    stopped = [one[: one.index(end)] if end in one else one for one in alone]
+    assert written([0, 1, 2], [end]) == stopped
+    assert len({len(one) for one in stopped}) > 1
 
 
 def test_writing_ends_at_the_end_token() -> None:
