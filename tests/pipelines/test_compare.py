@@ -6,12 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines import compare, storage
-from pipelines.tasks import comparison, comparison_plot, curves
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import TASKS, capacity, comparison, comparison_plot, curves, texts
 from pipelines.tasks.intervals import t_interval
+from pipelines.tasks.questions import QuestionTask
 from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject
+from pipelines.tasks.samples import Scene, Wanted
 
 ASKED = {"tokenizer": "bytes", "background": "noise", "num_samples": 16, "depths": [], "seed": 0, "seeds": 1}
 RMT_FLOATS = "rmt, 256 floats, 1,000 parameters, segments of 24 tokens"
@@ -85,21 +89,21 @@ def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("about", "asked"),
+    ("about", "asked", "told"),
     [
-        ({"memory": "xl"}, {}),
-        ({"state_floats": 512}, {}),
-        ({"num_parameters": 1001}, {}),
-        ({"num_parameters": None}, {}),
-        ({"segment_len": 48}, {}),
-        ({}, {"background": "prose"}),
-        ({}, {"num_samples": 8}),
-        ({}, {"depths": [0.0, 1.0]}),
-        ({}, {"seed": 1}),
+        ({"memory": "xl"}, {}, ""),
+        ({"state_floats": 512}, {}, ""),
+        ({"num_parameters": 1001}, {}, ""),
+        ({"num_parameters": None}, {}, ""),
+        ({"segment_len": 48}, {}, "segment_len is 24 in a/seed-0 and 48 in a/seed-1"),
+        ({}, {"background": "prose"}, "background is noise in a/seed-0 and prose in a/seed-1"),
+        ({}, {"num_samples": 8}, "num_samples is 16 in a/seed-0 and 8 in a/seed-1"),
+        ({}, {"depths": [0.0, 1.0]}, "depths is none in a/seed-0 and 0.0,1.0 in a/seed-1"),
+        ({}, {"seed": 1}, "seed is 0 in a/seed-0 and 1 in a/seed-1"),
     ],
 )
 def test_what_is_unlike_is_no_seed_of_one_another(
-    about: dict[str, Any], asked: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    about: dict[str, Any], asked: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = evaluation(tmp_path / "a" / "seed-0", answers({1024: 1.0}))
     two = evaluation(tmp_path / "a" / "seed-1", answers({1024: 0.5, 4096: 0.25}), asked, **about)
@@ -107,8 +111,64 @@ def test_what_is_unlike_is_no_seed_of_one_another(
     assert sorted(found["models"].values()) == [["seed-0"], ["seed-1"]]
     text = Path(found["table"]).read_text()
     assert text.count("### detect: accuracy, memory") == 2
-    assert ("Not the same questions" in text) == bool(asked)
+    assert [line for line in text.splitlines() if "Not the same questions" in line] == (
+        [f"**Not the same questions**: {told}."] if told else []
+    )
     assert row(found, "detect: accuracy, true memory", "4,096") == ["4,096", "-", "0.2500"]
+
+
+def test_settings_are_unlike_however_late_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    depths = [i / 10 for i in range(11)]
+    asked = [{"depths": depths[:5], "tokenizer": "a" * 64}, {"depths": depths, "tokenizer": "a" * 63 + "b"}]
+    one, two = (evaluation(tmp_path / name, answers({64: 0.5}), told) for name, told in zip("ab", asked, strict=True))
+    found = run(["--results", f"a={one}", f"b={two}", "--output", str(tmp_path / "out")], capsys)
+    assert found["differences"] == []
+    text = Path(found["table"]).read_text()
+    assert f"depths is 0.0,0.1,0.2,0.3,0.4 in {tmp_path.name}/a and {','.join(map(str, depths))} in" in text
+    assert f"tokenizer is {'a' * 16} in {tmp_path.name}/a and {'a' * 16} in" in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_segments_count_where_they_decide_what_is_asked(task: str, tmp_path: Path) -> None:
+    groups = []
+    for segment_len in (24, 900):
+        uri = evaluation(tmp_path / str(segment_len), answers({1024: 1.0}, task), segment_len=segment_len)
+        groups += comparison.read_groups([uri], "accuracy")
+    asked = comparison.differences_of_questions([one for group in groups for one in group.evaluations])
+    maker = TASKS[task]
+    if not isinstance(maker, QuestionTask):
+        assert not asked
+        return
+    scene = Scene(ByteTokenizer(), texts.noise(ByteTokenizer()))
+    drawn = []
+    for segment_len in (24, 900):
+        samples = [maker.make(scene, Wanted(1500, segment_len), np.random.default_rng(seed)) for seed in range(3)]
+        drawn.append([texts.whole(sample.stream).tolist() for sample in samples])
+    assert (drawn[0] != drawn[1]) == bool(asked)
+
+
+def test_segments_count_where_so_many_of_them_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def differences(asked: dict[str, Any]) -> Any:
+        folder = tmp_path / str(asked["limit_segments"])
+        one, two = (evaluation(folder / str(size), [], asked, segment_len=size) for size in (24, 48))
+        words = ["--results", f"a={one}", f"b={two}", "--metric", "loss", "--output", str(folder / "out")]
+        return run(words, capsys)["differences"]
+
+    assert len(differences({"limit_segments": None})) == 1
+    assert differences({"limit_segments": 8}) == []
+
+
+def test_no_label_and_no_curve_is_given_to_two_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for k in (1, 2) for line in answers({1024: 1.0}, f"capacity_{k}")]
+    uris = [evaluation(tmp_path / str(i), lines, state_floats=256 * i) for i in range(4)]
+    groups = comparison.read_groups([f"rmt={uris[0]}", uris[1]], "accuracy")
+    assert [group.label for group in groups] == ["rmt", "other rmt"]
+    assert {held.curve for held in capacity.facts_held(groups)} == {"rmt", "other rmt"}
+    groups = comparison.read_groups([f"rmt 1={uris[0]}", *uris[1:]], "accuracy")
+    assert [group.label for group in groups] == ["rmt 1", "rmt 2", "rmt 3", "rmt 4"]
+    assert [group.kind for group in groups] == ["rmt 1", "rmt", "rmt", "rmt"]
+    run(["--results", f"rmt={uris[0]}", uris[1], "--output", str(tmp_path / "out")], capsys)
+    assert "| tokens | rmt | other rmt |" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_questions_that_a_task_does_not_read_keep_no_seeds_apart(
