@@ -337,24 +337,59 @@ def test_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.Captur
     assert len(list((tmp_path / "one").iterdir())) == 2
 
 
+def facts_held(folder: Path, values: dict[int, float], *, floats: int = 256, **ends: float) -> str:
+    """The evaluation of a model that has so many answers right of so many facts."""
+    lines = [{**line, **ends} for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
+    return evaluation(folder, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
+
+
 def test_facts_held_are_the_most_that_are_right_at_95_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def model(name: str, values: dict[int, float], floats: int) -> str:
-        lines = [line for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
-        return evaluation(tmp_path / name, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
-
-    nothing = model("d", {1: 0.0}, 0)
-    small = [model("a", {1: 1.0, 2: 0.96, 4: 0.94}, 256), model("b", {1: 0.5, 2: 0.5}, 256)]
-    large = model("c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, 512)
+    nothing = facts_held(tmp_path / "d", {1: 0.0}, floats=0)
+    small = [
+        facts_held(tmp_path / "a", {1: 1.0, 2: 0.96, 4: 0.94}, high=0.94),
+        facts_held(tmp_path / "b", {1: 0.5, 2: 0.5}),
+    ]
+    large = facts_held(tmp_path / "c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, floats=512)
     found = run(["--results", *small, large, "--output", str(tmp_path / "out")], capsys)
     lines = Path(found["capacity_table"]).read_text().splitlines()
-    assert "| rmt | 256 | 2, 0 (mean 1.0000) |" in lines
-    assert "| rmt | 512 | 4 (mean 4.0000) |" in lines
+    assert "| memory | state floats | samples | 1,024 tokens |" in lines
+    assert "| rmt | 256 | 16 | 2 [0, 0], 0 [0, >= 2] (mean 1.0000) |" in lines
+    assert "| rmt | 512 | 16 | 4 [0, >= 8] (mean 4.0000) |" in lines
     assert Path(found["capacity_plot"]).read_bytes().startswith(b"\x89PNG")
     with_none = run(["--results", nothing, *small, "--output", str(tmp_path / "none")], capsys)
-    assert "| rmt | 0 | 0 (mean 0.0000) |" in Path(with_none["capacity_table"]).read_text()
+    assert "| rmt | 0 | 16 | 0 [0, >= 1] (mean 0.0000) |" in Path(with_none["capacity_table"]).read_text()
     named = run(["--results", "all=" + ",".join([*small, large]), "--output", str(tmp_path / "out")], capsys)
-    assert "| all | 512 | 4 (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
+    assert "| all | 512 | 16 | 4 [0, >= 8] (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
     plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))
     assert "capacity_table" not in run(["--results", plain, "--output", str(tmp_path / "plain-out")], capsys)
+
+
+def test_facts_held_are_a_bound_where_more_or_fewer_were_not_asked_for(tmp_path: Path) -> None:
+    all_held = facts_held(tmp_path / "a", {1: 1.0, 8: 1.0}, low=0.96)
+    too_many = facts_held(tmp_path / "b", {16: 0.1, 64: 0.6}, low=0.0, high=0.7)
+    groups = comparison.read_groups([f"first={all_held}", f"second={too_many}"], "accuracy")
+    lines = capacity.markdown(groups).splitlines()
+    assert "| first | 256 | 16 | >= 8 [>= 8, >= 8] |" in lines
+    assert "| second | 256 | 16 | < 16 [< 16, < 16] |" in lines
+    held = capacity.facts_held(groups)
+    assert capacity.most_asked(held) == {8: "most that was asked of first", 64: "most that was asked of second"}
+    assert capacity.most_asked(held[:1]) == {8: "most that was asked"}
+    assert [capacity.interval(one) for one in held] == [(8, 8), (0, 16)]
+
+
+def test_what_is_written_anew_leaves_nothing_of_an_earlier_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = facts_held(tmp_path / "facts", {1: 1.0, 2: 0.5})
+    one = evaluation(tmp_path / "one", [*answers({1024: 1.0}), *costs({1024: 8.0})])
+    out = tmp_path / "out"
+    run(["--results", facts, one, "--output", str(out)], capsys)
+    (out / "notes.md").write_text("mine")
+    own = {"comparison.md", "comparison.png", "cost.md", "cost.png", "capacity.md", "capacity.png"}
+    assert {path.name for path in out.iterdir()} == {*own, "notes.md"}
+    run(["--results", one, "--output", str(out)], capsys)
+    assert {path.name for path in out.iterdir()} == {*own, "notes.md"} - {"capacity.md", "capacity.png"}
+    run(["--results", one, "--metric", "loss", "--output", str(out)], capsys)
+    assert {path.name for path in out.iterdir()} == {"comparison.md", "comparison.png", "notes.md"}
