@@ -177,6 +177,19 @@ def test_the_value_written_last_is_retrieved(rewrites: bool, seed: int) -> None:
     assert len(dict(pairs)) == 49 if not rewrites else len(dict(pairs)) <= 16
 
 
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("length", [15, 16, 100, 199, 391, 4000])
+def test_there_are_no_more_pairs_than_the_text_has_room_for(length: int, rewrites: bool) -> None:
+    """A segment of 4 tokens holds no pair of 8."""
+    make = symbols.retrieval(rewrites=rewrites)
+    sample = make(SCENE, Wanted(length, 4), np.random.default_rng(0))
+    text, [answer] = read(sample)
+    pairs = re.findall(r"(?<=\n)([A-Z]{4}):([A-Z])\n", text)
+    assert len(texts.whole(sample.stream)) == length
+    assert (length - 7) // 8 - 1 <= len(pairs) <= (length - 7) // 8
+    assert dict(pairs)[text[-5:-1]] == answer
+
+
 @pytest.mark.parametrize("length", [100, 1000, 300_000])
 def test_symbols_are_sorted_by_how_often_they_come(length: int) -> None:
     sample = draw(symbols.sorting, length)
@@ -215,17 +228,20 @@ def test_the_roots_solve_the_equation(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_chance_of_a_root_is_by_what_the_steps_before_it_leave(seed: int) -> None:
+def test_chance_of_a_number_is_that_of_the_likeliest_that_the_steps_before_it_leave(seed: int) -> None:
     sample = draw(quadratic.equation, 400, seed)
     discriminant, low, _ = map(int, read(sample)[1])
-    left = {
-        (x, y)
-        for x in range(-99, 100)
-        for y in range(x, 100)
-        if any((a * (x - y)) ** 2 == discriminant for a in range(1, 10))
-    }
-    assert sample.answers[1].num_choices == len({x for x, _ in left})
-    assert sample.answers[2].num_choices == len([y for x, y in left if x == low]) <= 9
+    a, r, s = np.ix_(np.arange(1, 10), np.arange(-99, 100), np.arange(-99, 100))
+    values = (a * (r - s)) ** 2
+    left = [tuple(sorted((i % 199 - 99, i // 199 % 199 - 99))) for i in np.flatnonzero(values == discriminant).tolist()]
+    chances = [
+        np.unique(values, return_counts=True)[1].max() / values.size,
+        max(Counter(x for x, _ in left).values()) / len(left),
+        max(Counter(y for x, y in left if x == low).values()) / len([x for x, _ in left if x == low]),
+    ]
+    assert [1 / answer.num_choices for answer in sample.answers] == pytest.approx(chances)
+    assert sample.answers[2].num_choices <= 9
+    assert chances[0] > 1.3 / 199  # of equal roots
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -372,8 +388,11 @@ def test_as_many_tokens_are_written_as_published(make: Maker, num_tokens: int) -
     assert draw(make, 5000).max_new_tokens == num_tokens
 
 
-@pytest.mark.parametrize("make", [facts.reason, symbols.sorting, ruler.frequent_words, recall.detect])
+@pytest.mark.parametrize(
+    "make",
+    [facts.reason, symbols.sorting, symbols.retrieval(rewrites=False), ruler.frequent_words, recall.detect],
+)
 def test_what_does_not_fit_says_what_would(make: Maker) -> None:
     with pytest.raises(TooShortError) as error:
-        draw(make, 20)
+        draw(make, 14)
     draw(make, error.value.need)
