@@ -7,7 +7,7 @@ A group of models is shown as their mean, with a band from the lowest to the hig
 line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal. Writes
 comparison.md and comparison.png; cost.md and cost.png: time and memory beside the metric; of two groups with equally
 many models the paired difference too; and of the tasks capacity_1 to capacity_64 capacity.md and capacity.png: facts
-held against the size of the state.
+held against the size of the state. An earlier comparison in the same directory is replaced.
 """
 
 import sys

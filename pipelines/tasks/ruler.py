@@ -154,24 +154,31 @@ def _other_words(first: int, times: int, common: frozenset[int], generator: np.r
 def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """`fwe`: of `num` words the one of rank n comes floor(num n^-2 / zeta(2)) times; the first one is dots."""
     codes = generator.choice(26**_CODED_LEN, _CODED - 1, replace=False).tolist()
-    names = [_in_letters(code, _CODED_LEN) for code in codes]
-    words = [scene.encode(f" {name}") for name in (DOTS, *names)]
-    lengths = np.array([len(one) for one in words])
-    found = names[:FREQUENT]
+    names = [DOTS, *(_in_letters(code, _CODED_LEN) for code in codes)]
+    found = names[1 : FREQUENT + 1]
     asked = ask(scene, FWE_QUESTION, " " + " ".join(found), 1)
     room = wanted.length - len(asked.question) - len(asked.answer)
-    num = bisect.bisect_right(range(2 * max(room, 0) + 100), room, key=lambda num: int(_counts(num) @ lengths)) - 1
+    most = 2 * max(room, 0) + 100  # words: more than there is room for, as each has a token
+    words = [scene.encode(f" {name}") for name in names[: len(_counts(most))]]
+    lengths = np.array([len(one) for one in words])
+
+    def size(num: int) -> int:
+        counts = _counts(num)
+        return int(counts @ lengths[: len(counts)])
+
+    num = bisect.bisect_right(range(most), room, key=size) - 1
     if num < _LEAST_CODED:
-        raise TooShortError(wanted.length - room + int(_counts(_LEAST_CODED) @ lengths))
+        raise TooShortError(wanted.length - room + size(_LEAST_CODED))
     counts = _counts(num)
     hay = scene._replace(background=_coded(words, counts, scene.encode("\n")))
-    asked = asked._replace(num_choices=float(math.perm(int((counts > 0).sum()) - 1, FREQUENT)))  # words that come
+    asked = asked._replace(num_choices=float(math.perm(len(counts) - 1, FREQUENT)))  # of the words that come
     return _matched(compose(hay, wanted, [], [asked], generator), found, NEW_TOKENS["fwe"])
 
 
 def _counts(num: int) -> np.ndarray:
-    """How often the word of each rank comes, (words,) int64: of `num` words the whole part of its share."""
-    return (num * np.arange(1.0, _CODED + 1) ** -ZETA * 6 / math.pi**2).astype(np.int64)  # zeta(2) is pi^2 / 6
+    """How often the word of each rank comes: of `num` words the whole part of its share, (those that come,) int64."""
+    counts = (num * np.arange(1.0, _CODED + 1) ** -ZETA * 6 / math.pi**2).astype(np.int64)  # zeta(2) is pi^2 / 6
+    return counts[counts > 0]
 
 
 def _coded(words: Sequence[np.ndarray], counts: np.ndarray, filler: np.ndarray) -> Background:
@@ -184,7 +191,7 @@ def _coded(words: Sequence[np.ndarray], counts: np.ndarray, filler: np.ndarray) 
 def _coded_words(words: Sequence[np.ndarray], counts: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     """Each word just as often as told, all in random order, of which a stretch is drawn at once."""
     generator = np.random.default_rng(seed)
-    left = counts[counts > 0]
+    left = counts
     while num := min(_STRETCH, int(left.sum())):
         stretch = generator.multivariate_hypergeometric(left, num, method="marginals")
         for i in generator.permutation(np.repeat(np.arange(len(stretch)), stretch)):
