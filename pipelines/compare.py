@@ -7,7 +7,7 @@ A group of models is shown as their mean, with a band from the lowest to the hig
 line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal. Writes
 comparison.md and comparison.png; cost.md and cost.png: time and memory beside the metric; of two groups with equally
 many models the paired difference too; and of the tasks capacity_1 to capacity_64 capacity.md and capacity.png: facts
-held against the size of the state.
+held against the size of the state. An earlier comparison in the same directory is replaced.
 """
 
 import sys
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.compa
 
 TABLE, PLOT, CAPACITY_TABLE, CAPACITY_PLOT = "comparison.md", "comparison.png", "capacity.md", "capacity.png"
 COST_TABLE, COST_PLOT = "cost.md", "cost.png"
+OWN_NAMES = (TABLE, PLOT, CAPACITY_TABLE, CAPACITY_PLOT, COST_TABLE, COST_PLOT)
 
 
 class CompareConfig(Config):
@@ -81,6 +82,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         files["cost_plot"] = (COST_PLOT, cost_plot.plot(groups, config.metric, config.trained_len))
     for name, data in files.values():
         storage.write_bytes(storage.join(output, name), data)
+    written = {name for name, _ in files.values()}
+    for name in [name for name in storage.list_names(output) if name in OWN_NAMES and name not in written]:
+        log.info("%s of an earlier comparison is deleted", storage.join(output, name))
+        storage.delete(storage.join(output, name))
     return {
         "output": output,
         **{key: storage.join(output, name) for key, (name, _) in files.items()},

@@ -84,11 +84,17 @@ def measure(config: HarnessConfig) -> dict[str, Any]:
             limit=config.limit,
             log_samples=False,
         )
-        kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
-        storage.write_json(storage.join(output, RESULTS), json.loads(json.dumps(kept, default=str)))
+        storage.write_json(storage.join(output, RESULTS), kept(found))
         storage.write_json(storage.join(output, CONFIG), about)
     log.info("results in %s", storage.join(output, RESULTS))
     return {"output": output, "metrics": _metrics(storage.read_json(storage.join(output, RESULTS))["results"])}
+
+
+def kept(found: dict[str, Any]) -> dict[str, Any]:
+    """What is written of the harness's results; null where a diverged model gave no finite number."""
+    wanted = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")}
+    plain: dict[str, Any] = json.loads(json.dumps(wanted, default=str), parse_constant=lambda _: None)
+    return plain
 
 
 def _digest(folder: Path) -> str:
@@ -119,7 +125,7 @@ def _metrics(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         {"task": task, "metric": name.partition(",")[0], "filter": name.partition(",")[2], "value": value}
         for task, figures in results.items()
         for name, value in figures.items()
-        if isinstance(value, int | float) and "_stderr" not in name
+        if (value is None or isinstance(value, int | float)) and "," in name and "_stderr" not in name
     ]
 
 

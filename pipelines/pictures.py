@@ -72,8 +72,8 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
     """Reads texts and draws; where the pictures and tables are. Raises InputError."""
     uri, output = storage.absolute(config.model), storage.absolute(config.output)
     model, tokenizer = load(uri, config.device)
-    chosen = _chosen(config, model)
     texts = _texts(config, model, tokenizer)
+    chosen = _chosen(config, model, texts)
     about = f"{uri.rpartition('/')[2]}: {config.task} in {config.background}, texts of {config.length:,} tokens"
     files: dict[str, bytes] = {}
     if "slots" in chosen:
@@ -85,12 +85,12 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
     return {"output": output, "pictures": chosen, "files": [storage.join(output, name) for name in files]}
 
 
-def _chosen(config: PicturesConfig, model: RecurrentModel) -> list[str]:
-    """What is drawn. InputError where the memory does not allow what was asked for, or anything."""
+def _chosen(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts) -> list[str]:
+    """What is drawn. InputError where the memory or the texts do not allow what was asked for, or anything."""
     refusals = {}
-    for name, check in (("slots", slots.check), ("attention", _check_attention)):
+    for name, check in (("slots", _check_slots), ("attention", _check_attention)):
         try:
-            check(model)
+            check(model, texts)
         except InputError as error:
             refusals[name] = str(error)
     wanted = list(config.pictures) or ["slots", "attention"]
@@ -102,7 +102,12 @@ def _chosen(config: PicturesConfig, model: RecurrentModel) -> list[str]:
     return [name for name in wanted if name not in refusals]
 
 
-def _check_attention(model: RecurrentModel) -> None:
+def _check_slots(model: RecurrentModel, texts: slots.Texts) -> None:
+    slots.check(model)
+    slots.check_facts(texts)
+
+
+def _check_attention(model: RecurrentModel, texts: slots.Texts) -> None:
     if not model.memory.has_rows_only:
         kinds = " with ".join(settings["kind"] for settings in model.config.memory)
         raise InputError(f"attention: memory {kinds} is not rows among the text's; use rmt or armt")
@@ -126,8 +131,8 @@ def _slots(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, ab
 
 @torch.inference_mode()
 def _attention(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, about: str) -> dict[str, bytes]:
-    """Of the segment that asks, up to the answer, after all before it: maps of the first text, shares over those of a
-    batch that ask in the same segment.
+    """Of the segment that asks, up to the answer, after all before it: maps of the first text, shares over those of the
+    first batch that ask in the same segment as it.
     """
     samples = texts.samples[: config.batch_size]
     asking = [cut(sample.stream(), sample.answers[0].at) for sample in samples]
@@ -138,7 +143,8 @@ def _attention(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts
             break
         state = model.step(part.tokens, state, part.lengths)[1]
     lengths = part.tokens.new_full((len(samples),), part.tokens.shape[1]) if part.lengths is None else part.lengths
-    rows = lengths.nonzero()[:, 0].tolist()
+    starts = [segment_start(sample.answers[0].at, model.segment_len) for sample in samples]
+    rows = [row for row, start in enumerate(starts) if start == last_start]
     before, tokens, lengths = rmt_core.state.select(state, rows), part.tokens[rows], lengths[rows]
     masses = rmt_core.mean_over_heads(rmt_core.attention_mass(model, tokens, before, lengths))
     maps = rmt_core.attention_maps(model, tokens[0, : int(lengths[0])], rmt_core.state.select(before, [0]))

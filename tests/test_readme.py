@@ -47,7 +47,7 @@ FROZEN = {
 CHEAPER = {
     "train": "curriculum.num_segments 1 2 curriculum.steps 2 2 curriculum.advance_below none report.log_every 2",
     "evaluate": "--num-samples 4 --limit-segments 8 --batch-size 2",
-    "pictures": "--num-texts 16",
+    "pictures": "--num-texts 32",
     "benchmark": "--quick",
     "serve": "--dry-run",
 }

@@ -1,11 +1,13 @@
 """How many facts a memory holds against its size, from accuracies of the tasks capacity_1 to capacity_64.
 
 Facts held are a step and no interpolation: the largest number of facts that was asked for of which at least 95 % of
-the answers are right, and 0 where there is none.
+the answers are right. Where that is the largest number of all the model may hold more (`>= 8`), and where not even
+the smallest one that was asked for is held it may hold any fewer (`< 64`; of a single fact that is 0). An interval goes
+from what is held by the lower ends of the accuracies' 95 % intervals to what is held by their upper ends.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,7 +16,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pipelines.tasks.base import TRUE
 from pipelines.tasks.comparison import Evaluation, Group, panels
 from pipelines.tasks.curves import End, grid, log_axis, name_ends, png, style
-from pipelines.tasks.report import number, titled
+from pipelines.tasks.report import Line, number, titled
 
 HELD_AT = 0.95  # accuracy
 
@@ -28,8 +30,26 @@ class Held(NamedTuple):
     curve: str  # a kind of memory, or a named group
     length: int  # tokens
     state_floats: int
-    num_facts: int
-    most_asked: int  # facts: no more can have been held
+    num_facts: int  # 0: fewer than were asked for
+    low: int  # facts, by the ends of the accuracies' intervals
+    high: int
+    least_asked: int  # facts: fewer may be held
+    most_asked: int  # facts: more may be held
+    num_samples: tuple[int, ...]  # that accuracies are of, from few to many
+
+    @property
+    def in_words(self) -> str:
+        return f"{self._told(self.num_facts)} [{self._told(self.low)}, {self._told(self.high)}]"
+
+    def _told(self, num: int) -> str:
+        if num == self.most_asked:
+            return f">= {num}"
+        return f"< {self.least_asked}" if not num and self.least_asked > 1 else str(num)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether more may be held, or fewer than were asked for."""
+        return self._told(self.num_facts) != str(self.num_facts)
 
 
 def are_asked(groups: Sequence[Group]) -> bool:
@@ -47,22 +67,29 @@ def facts_held(groups: Sequence[Group]) -> list[Held]:
     ]
 
 
-def _held(evaluation: Evaluation, length: int) -> tuple[int, int]:
-    """The facts held, and the most that were asked for."""
-    values = {
-        int(found[1]): point.value
+def _held(evaluation: Evaluation, length: int) -> tuple[int, int, int, int, int, tuple[int, ...]]:
+    """The facts held with their interval, the fewest and the most that were asked for, and how many samples."""
+    lines = {
+        int(found[1]): point.line
         for point in evaluation.points
         if (found := _TASK.fullmatch(point.panel)) and point.at == length and point.memory == TRUE
     }
-    return max((num for num, value in values.items() if value >= HELD_AT), default=0), max(values)
+    num, low, high = (_most_right(lines, name) for name in ("value", "low", "high"))
+    samples = tuple(sorted({line["num_samples"] for line in lines.values()}))
+    return num, low, high, min(lines), max(lines), samples
 
 
-def _by_curve(found: Sequence[Held], length: int) -> Iterator[tuple[str, dict[int, list[int]]]]:
-    """Each curve at a length: facts held by the models of each size."""
+def _most_right(lines: Mapping[int, Line], name: str) -> int:
+    """The largest number of facts whose accuracy, or an end of its interval, is high enough; 0 where there is none."""
+    return max((num for num, line in lines.items() if line[name] is not None and line[name] >= HELD_AT), default=0)
+
+
+def _by_curve(found: Sequence[Held], length: int) -> Iterator[tuple[str, dict[int, list[Held]]]]:
+    """Each curve at a length: what the models of each size hold."""
     for curve in dict.fromkeys(one.curve for one in found):
         mine = [one for one in found if (one.curve, one.length) == (curve, length)]
         floats = sorted({one.state_floats for one in mine})
-        yield curve, {size: [one.num_facts for one in mine if one.state_floats == size] for size in floats}
+        yield curve, {size: [one for one in mine if one.state_floats == size] for size in floats}
 
 
 def markdown(groups: Sequence[Group]) -> str:
@@ -70,21 +97,41 @@ def markdown(groups: Sequence[Group]) -> str:
     found = facts_held(groups)
     lengths = sorted({one.length for one in found})
     cells = {
-        (curve, size, length): f"{', '.join(map(str, nums))} (mean {number(sum(nums) / len(nums))})"
+        (curve, size, length): _cell(mine)
         for length in lengths
         for curve, sizes in _by_curve(found, length)
-        for size, nums in sizes.items()
+        for size, mine in sizes.items()
     }
     rows = [
-        [curve, f"{size:,}", *(cells.get((curve, size, length), "-") for length in lengths)]
+        [
+            curve,
+            f"{size:,}",
+            _numbers(num for one in found if (one.curve, one.state_floats) == (curve, size) for num in one.num_samples),
+            *(cells.get((curve, size, length), "-") for length in lengths),
+        ]
         for curve, size in dict.fromkeys((one.curve, one.state_floats) for one in found)
     ]
-    table = titled("facts held", ["memory", "state floats", *(f"{length:,} tokens" for length in lengths)], rows)
-    most = max(one.most_asked for one in found)
+    heads = ["memory", "state floats", "samples", *(f"{length:,} tokens" for length in lengths)]
     return (
-        f"{table}\n\nThe largest number of facts asked for, of at most {most}, of which at least {HELD_AT:.0%} were "
-        "right: a step, not interpolated; one number a model.\n"
+        f"{titled('facts held', heads, rows)}\n\nThe largest number of facts asked for of which at least {HELD_AT:.0%} "
+        "were right: a step, not interpolated; one number a model. `>=`: all that was asked for is held; `<`: not even "
+        "the fewest facts that were asked for are. In brackets: what is held by the ends of the 95 % intervals of the "
+        "accuracies, which are of so many samples.\n"
     )
+
+
+def _cell(mine: Sequence[Held]) -> str:
+    """Every model's facts, and their mean where all are known."""
+    told = ", ".join(one.in_words for one in mine)
+    return told if any(one.is_bound for one in mine) else f"{told} (mean {number(_mean(mine))})"
+
+
+def _mean(mine: Sequence[Held]) -> float:
+    return sum(one.num_facts for one in mine) / len(mine)
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(set(values))))
 
 
 def plot(groups: Sequence[Group]) -> bytes:
@@ -98,27 +145,53 @@ def plot(groups: Sequence[Group]) -> bytes:
 
 
 def _panel(panel: Axes, found: Sequence[Held], length: int) -> None:
+    here = [one for one in found if one.length == length]
     ends = []
     for index, (curve, sizes) in enumerate(_by_curve(found, length)):
         if not sizes:
             continue
-        means = [sum(nums) / len(nums) for nums in sizes.values()]
+        color = style(index)["color"]
+        means = [_mean(mine) for mine in sizes.values()]
         panel.plot(list(sizes), means, **style(index))
-        low, high = ([least(nums) for nums in sizes.values()] for least in (min, max))
-        panel.fill_between(list(sizes), low, high, color=style(index)["color"], alpha=0.15, linewidth=0)
-        ends.append(End(max(sizes), means[-1], curve, style(index)["color"]))
+        low, high = ([least(one.num_facts for one in mine) for mine in sizes.values()] for least in (min, max))
+        panel.fill_between(list(sizes), low, high, color=color, alpha=0.15, linewidth=0)
+        for one in (one for mine in sizes.values() for one in mine):
+            panel.vlines(one.state_floats, *interval(one), color=color, linewidth=1)
+        ends.append(End(max(sizes), means[-1], curve, color))
     floats = sorted({one.state_floats for one in found})
     log_axis(panel, floats, [f"{size:,}" for size in floats], "state (floats)")
-    most = max(one.most_asked for one in found)
+    most = max(one.most_asked for one in here)
     marks = [0, *(2**i for i in range(most.bit_length()))]
     panel.set_yscale("symlog", base=2, linthresh=1)
     panel.yaxis.set_major_locator(FixedLocator(marks))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.set_yticklabels([str(mark) for mark in marks])
     panel.set_ylim(-0.2, most * 1.2)
-    panel.axhline(most, color="grey", linestyle=":")
-    panel.annotate("most that was asked", (floats[0], most), (0, -10), textcoords="offset points", fontsize=8)
+    for asked, name in most_asked(here).items():
+        panel.axhline(asked, color="grey", linestyle=":")
+        panel.annotate(name, (floats[0], asked), (0, -10), textcoords="offset points", fontsize=8)
     panel.set_ylabel(f"facts held (accuracy at least {HELD_AT:.0%})")
-    panel.set_title(f"facts held in texts of {length:,} tokens: means, bands over models", fontsize=10)
+    samples = _numbers(num for one in here for num in one.num_samples)
+    panel.set_title(
+        f"facts held in texts of {length:,} tokens, by {samples} samples each:\n"
+        "means, bands over models; lines: by 95 % intervals of accuracy",
+        fontsize=9,
+    )
     panel.grid(alpha=0.3)
     name_ends(panel, ends)
+
+
+def interval(one: Held) -> tuple[int, int]:
+    """The ends of the line that is drawn for a model; where none of the facts is held all that were not asked for."""
+    return one.low, max(one.high, one.least_asked if one.num_facts == 0 and one.least_asked > 1 else 0)
+
+
+def most_asked(here: Sequence[Held]) -> dict[int, str]:
+    """The most facts that were asked for at a length, and of whom where that differs."""
+    found: dict[int, list[str]] = {}
+    for one in here:
+        curves = found.setdefault(one.most_asked, [])
+        if one.curve not in curves:
+            curves.append(one.curve)
+    asked = "most that was asked"
+    return {most: asked if len(found) == 1 else f"{asked} of {', '.join(curves)}" for most, curves in found.items()}

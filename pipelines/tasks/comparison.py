@@ -3,10 +3,11 @@
 A seed that failed is a line of the table and a dot of the plot like any other.
 """
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipelines import storage
@@ -14,6 +15,7 @@ from pipelines.config import InputError
 from pipelines.tasks import TASKS
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES
 from pipelines.tasks.cost import COSTS, PEAK_BYTES, SECONDS
+from pipelines.tasks.facts import COUNTS
 from pipelines.tasks.questions import AT_DEPTH
 from pipelines.tasks.report import (
     CONFIG,
@@ -30,6 +32,8 @@ from pipelines.tasks.report import (
 )
 
 BY_SEGMENT = "loss_by_segment"
+SEGMENT_LEN = "segment_len"  # decides what is asked, too
+NOT_TOLD = "not told"  # the value of a setting that is missing
 _DECIDE = (  # what is asked
     "questions_version",
     "held_out",
@@ -41,6 +45,11 @@ _DECIDE = (  # what is asked
     "limit_segments",
 )
 _DECIDE_COST = ("batch_size", "device")
+_ALIKE_IN_ANY_SEGMENTS = frozenset(  # tasks whose texts do not depend on how long segments are
+    ("memorise", "quadratic", "sorting", "fwe", "file", *(f"capacity_{num}" for num in COUNTS))
+)
+
+_FINGERPRINT = re.compile("[0-9a-f]{17,}")
 
 
 class Point(NamedTuple):
@@ -73,7 +82,7 @@ class Evaluation(NamedTuple):
     name: str  # of its directory
     uri: str
     subject: Subject
-    questions: dict[str, str]  # the settings that decide what was asked, in words
+    questions: dict[str, str]  # the settings that decide what was asked, in words and in full
     points: list[Point]
     measuring: dict[str, str]  # the settings that decide what it cost, in words
     costs: list[Cost]
@@ -141,7 +150,7 @@ def read_groups(results: Sequence[str], metric: str) -> list[Group]:
     for group in groups:
         if unlike := differences_of_questions(group.evaluations):
             raise InputError(f"--results {group.name}: not the same questions: {unlike}; make groups of them")
-    groups += _alike([read_evaluation(uri, metric) for uri in plain])
+    groups += _alike([read_evaluation(uri, metric) for uri in plain], named)
     if not panels(groups):
         raise InputError(f"--results: no text fits, so that there is no {metric} to compare")
     segment_lens = {one.subject.segment_len for group in groups for one in group.evaluations}
@@ -151,16 +160,26 @@ def read_groups(results: Sequence[str], metric: str) -> list[Group]:
     return groups
 
 
-def _alike(evaluations: Sequence[Evaluation]) -> list[Group]:
-    """Those of equal memories, sizes, segments and questions together, in the order given."""
-    differ = [name for name, values in _by_setting(evaluations).items() if len(values) > 1]
+def _alike(evaluations: Sequence[Evaluation], taken: Collection[str]) -> list[Group]:
+    """Those of equal memories, sizes, segments and questions together, in the order given; no label that is taken."""
+    differ = [name for name, values in _by_setting(evaluations).items() if len(values) > 1 and name != SEGMENT_LEN]
     found: dict[str, list[Evaluation]] = {}
     for one in evaluations:
-        asked = [f"{name} {one.questions.get(name, 'not told')}" for name in differ]
+        asked = [f"{name} {_shown(one.questions.get(name, NOT_TOLD))}" for name in differ]
         found.setdefault(", ".join([described(one.subject), *asked]), []).append(one)
-    kinds = [_kind(mine[0].subject) for mine in found.values()]
-    labels = [kind if kinds.count(kind) == 1 else f"{kind} {kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)]
+    kinds = [_free(_kind(mine[0].subject), taken) for mine in found.values()]
+    labels: list[str] = []
+    for kind in kinds:
+        choices = [kind] if kinds.count(kind) == 1 else (f"{kind} {i}" for i in itertools.count(1))
+        labels.append(next(one for one in choices if one not in taken and one not in labels))
     return [Group(*about) for about in zip(found, labels, kinds, found.values(), strict=True)]
+
+
+def _free(kind: str, taken: Collection[str]) -> str:
+    """A kind that is not the name of a named group, so that no curve or column holds both."""
+    while kind in taken:
+        kind = f"other {kind}"
+    return kind
 
 
 def described(subject: Subject) -> str:
@@ -187,7 +206,7 @@ def differences_of_measuring(evaluations: Sequence[Evaluation]) -> str:
 def _unlike(settings: Mapping[str, Mapping[str, Sequence[Evaluation]]]) -> str:
     unlike = {name: values for name, values in settings.items() if len(values) > 1}
     return "; ".join(
-        f"{name} is {' and '.join(f'{value} in {_shortened(mine)}' for value, mine in values.items())}"
+        f"{name} is {' and '.join(f'{_shown(value)} in {_shortened(mine)}' for value, mine in values.items())}"
         for name, values in unlike.items()
     )
 
@@ -197,8 +216,13 @@ def _by_setting(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, list[E
     found: dict[str, dict[str, list[Evaluation]]] = {}
     for name in dict.fromkeys(name for one in evaluations for name in one.questions):
         for one in evaluations:
-            found.setdefault(name, {}).setdefault(one.questions.get(name, "not told"), []).append(one)
+            found.setdefault(name, {}).setdefault(one.questions.get(name, NOT_TOLD), []).append(one)
     return found
+
+
+def _shown(value: str) -> str:
+    """Fingerprints by their first digits."""
+    return value[:16] if _FINGERPRINT.fullmatch(value) else value
 
 
 def _shortened(evaluations: Sequence[Evaluation]) -> str:
@@ -226,12 +250,12 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     ]  # fmt: skip
     name = uri.rstrip("/").rpartition("/")[2]
     identity = content.get("identity", {})
-    asked = _questions(identity, distinct([*found, *unfit], "task"), metric)
+    subject = Subject(**content["model"])
+    asked = _questions(identity, distinct([*found, *unfit], "task"), metric, subject.segment_len)
     measuring = {name: _in_words(identity[name]) for name in _DECIDE_COST if name in identity}
     has_ablations = identity.get("attention") != "full" and identity.get("ablations", True)
     measuring["ablations"] = "measured too" if has_ablations else "left out"
     ends = {task: min(line["length"] for line in unfit if line["task"] == task) for task in distinct(unfit, "task")}
-    subject = Subject(**content["model"])
     return Evaluation(name, uri.rstrip("/"), subject, asked, points, measuring, _costs(lines, subject), ends)
 
 
@@ -283,20 +307,29 @@ def _points_by_segment(lines: Sequence[Line]) -> list[Point]:
     return found
 
 
-def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str) -> dict[str, str]:
-    """The settings that these tasks read, in words."""
+def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str, segment_len: int) -> dict[str, str]:
+    """The settings that these tasks read, in words; the segments too where they decide what is asked, or how much."""
     read = {"tokenizer", "questions_version"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
     if identity.get("background") == "noise" and "limit_segments" not in read:
         read.discard("held_out")  # nothing of it is asked or read
     names = ["tokenizer", *_DECIDE, "seeds", *(_DECIDE_COST if metric in COSTS else ())]
     wanted = read | {"seeds" if "seed" in read else "", *(_DECIDE_COST if metric in COSTS else ())}
-    return {name: _in_words(identity[name]) for name in names if name in wanted and name in identity}
+    found = {name: _in_words(identity[name]) for name in names if name in wanted and name in identity}
+    if any(_depends_on_segments(task, identity) for task in tasks):
+        found[SEGMENT_LEN] = str(segment_len)
+    return found
+
+
+def _depends_on_segments(task: str, identity: Mapping[str, Any]) -> bool:
+    """Whether a model's segments decide where facts stand and how many there are, or how much text is read."""
+    if task in TASKS and "limit_segments" in TASKS[task].settings:
+        return identity.get("limit_segments") is not None
+    return task in TASKS and task not in _ALIKE_IN_ANY_SEGMENTS
 
 
 def _in_words(value: Any) -> str:
-    """Fingerprints by their first digits."""
     shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return shown[:16] or "none"
+    return shown or "none"
 
 
 # --- where there are figures ------------------------------------------------------------------------

@@ -8,10 +8,11 @@ A file is JSON lines, a JSON array or Parquet. Its form is known by its fields:
     SCROLLS     id, pid, input, output; rows of one id are one question with several references
 
 What is written freely is marked as published, in as many tokens as published, whatever the tokenizer: BABILong's first
-ten tasks strictly and laxly; RULER by the share of its outputs that occur, or, in `qa_1` and `qa_2`, by any of them;
-LongBench by its data sets' own marks (F1 for data sets of others); SCROLLS's questions by F1 and exact match with the
-best reference (its summaries too, which are published with ROUGE). To the letter the first reference is asked
-for, and of RULER all outputs. Prompts of LongBench end with `Question: ... Answer:` for every data set.
+ten tasks strictly (labels as words: see `babilong`) and laxly; RULER by the share of its outputs that occur, or, in
+`qa_1` and `qa_2`, by any of them; LongBench by its data sets' own marks (see `marking`; F1 for data sets of others);
+SCROLLS's questions by F1 and exact match with the best reference (its summaries too, which are published with ROUGE).
+To the letter the first reference is asked for, and of RULER all outputs. Prompts of LongBench end with `Question: ...
+Answer:` for every data set.
 
 At `length` tokens all questions count that have at most so many, their answers included, short ones too; how many are
 longer is a figure of its own, and nothing is cut. The text of the whole file lies in memory, and the tokens of a batch
@@ -31,7 +32,7 @@ from pipelines import storage
 from pipelines.config import InputError
 from pipelines.extras import require_extra
 from pipelines.tasks import babi, marking, texts
-from pipelines.tasks.babilong import LAX, QUESTION, STRICT, is_laxly_right, is_strictly_right
+from pipelines.tasks.babilong import LAX, QUESTION, STRICT, is_laxly_right, names_only, published_sentence
 from pipelines.tasks.base import Figure, Material, check_length
 from pipelines.tasks.questions import measured
 from pipelines.tasks.ruler import MATCH, NEW_TOKENS, string_match
@@ -67,12 +68,23 @@ def read(uri: str) -> list[Question]:
     found = []
     for number, row in enumerate(form.merged(rows) if form.merged else rows, 1):
         try:
-            found.append(form.question(row))
+            found.append(_encodable(form.question(row)))
         except InputError as error:
             raise InputError(f"--questions {uri}: row {number}: {error}") from error
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"--questions {uri}: row {number} is no row of {form.name}: {error!r}") from error
     return found
+
+
+def _encodable(question: Question) -> Question:
+    """InputError where a text holds half of a surrogate pair, as JSON can write and no tokenizer reads."""
+    for text in (question.prompt, question.answer):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            broken = ascii(text[error.start : error.end])
+            raise InputError(f"character {broken} at place {error.start} of its text is no Unicode text") from error
+    return question
 
 
 def _object(uri: str, number: int, row: Any) -> dict[str, Any]:
@@ -89,8 +101,9 @@ def _rows(uri: str) -> Iterator[Any]:
     if uri.endswith(".parquet"):
         try:
             yield from pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"--questions {uri}: no Parquet file: {error}") from error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            shown = " ".join(str(error).split())
+            raise InputError(f"--questions {uri}: no Parquet file, or a damaged one: {shown}") from error
         return
     if content.lstrip()[:1] == b"[":
         try:
@@ -117,7 +130,7 @@ def _babilong(row: Mapping[str, Any]) -> Question:
         row["input"] + QUESTION.format(question),
         f" {target}",
         (
-            Scorer(STRICT, lambda written: float(is_strictly_right(written, question, target, labels))),
+            Scorer(STRICT, lambda written: float(names_only(published_sentence(written), question, target, labels))),
             Scorer(LAX, lambda written: float(is_laxly_right(written, target))),
         ),
         _BABILONG_TOKENS,
@@ -127,7 +140,7 @@ def _babilong(row: Mapping[str, Any]) -> Question:
 def _labels(question: str, target: str) -> tuple[str, ...]:
     """What the task of a question may be answered with, which its words and its target tell; else the target alone."""
     if "carrying" in question:
-        return (*babi.THINGS, *_NUMBERS) if "how many" in question.lower() else (*babi.THINGS, "nothing")
+        return _NUMBERS if "how many" in question.lower() else (*babi.THINGS, "nothing")
     sets = (*babi.LABELS.values(), _YES_OR_NO, _NUMBERS)
     return next((labels for labels in sets if target in labels), (target,))
 
@@ -154,6 +167,12 @@ def _answers(row: Mapping[str, Any], field: str) -> list[str]:
     if not isinstance(given, list) or not given or not all(isinstance(one, str | int | float) for one in given):
         raise InputError(f"its {field} are {json.dumps(given, default=str)[:60]}, no list of one text or more")
     return [str(one) for one in given]
+
+
+def _text_of(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"its {field} is {json.dumps(value, default=str)[:60]}, no text")
+    return value
 
 
 class _DataSet(NamedTuple):
@@ -183,7 +202,8 @@ _LONGBENCH = {
 
 
 def _longbench(row: Mapping[str, Any]) -> Question:
-    prompt = f"{row['context']}\n\nQuestion: {row['input']}\nAnswer:" if row["input"] else f"{row['context']}\n\n"
+    context, question = _text_of("context", row["context"]), _text_of("input", row["input"])
+    prompt = f"{context}\n\nQuestion: {question}\nAnswer:" if question else f"{context}\n\n"
     expected, name = _answers(row, "answers"), str(row.get("dataset")).removesuffix("_e")
     data_set = _LONGBENCH.get(name, _OTHER)
     mark = data_set.mark
@@ -201,15 +221,19 @@ def _scrolls(row: Mapping[str, Any]) -> Question:
     expected = row["output"]
     if any(one is None for one in expected):
         raise InputError("its output is null, as in test splits, so that nothing can be marked; use another split")
+    expected = [_text_of("output", one) for one in expected]
     scorers = (_best(F1, marking.token_f1, expected), _best(EM, marking.exact_match, expected))
-    return Question(f"{row['input']}\n\n", expected[0], scorers, _SCROLLS_TOKENS)
+    return Question(f"{_text_of('input', row['input'])}\n\n", expected[0], scorers, _SCROLLS_TOKENS)
 
 
 def _by_id(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each id (and input), whose output is a list."""
     found: dict[Any, dict[str, Any]] = {}
     for number, row in enumerate(rows):
-        one = found.setdefault((row.get("id", number), row.get("input")), {**row, "output": []})
+        key = (row.get("id", number), row.get("input"))
+        one = found.setdefault(
+            tuple(part if isinstance(part, str) else repr(part) for part in key), {**row, "output": []}
+        )
         one["output"].append(row.get("output"))
     return list(found.values())
 
@@ -276,6 +300,8 @@ def sample(scene: Scene, question: Question, segment_len: int) -> Sample:
     if not len(answer):
         raise InputError("a question with an empty answer cannot be marked; leave it out")
     num_prompt = len(scene.encode(question.prompt))
+    if not num_prompt:
+        raise InputError("a question with an empty text cannot be asked; leave it out")
     return Sample(
         partial(_text, scene, question),
         num_prompt + len(answer),

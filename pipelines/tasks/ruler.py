@@ -1,27 +1,34 @@
 """The six tasks of RULER that need no text of others: needles, variables, common and frequent words.
 
-Made anew from Hsieh et al. 2024 (arXiv:2404.06654, section 3 and appendix B) with the questions as published:
-`niah_single_1` (a number in repeated sentences), `niah_multikey_2` and `_3` (among other needles, numbers or UUIDs),
-`vt` (variables that got one value), `cwe` (the ten words that come ten times as often as others) and `fwe` (the three
-most frequent made-up words). Beside the answer to the letter, `string_match` is the published mark: the share of
-expected strings in what the model writes freely, in as many tokens as published.
+Made anew from Hsieh et al. 2024 (arXiv:2404.06654, section 3 and appendix B) and its published code, with the questions
+as published: `niah_single_1` (a number in repeated sentences), `niah_multikey_2` and `_3` (among other needles, numbers
+or UUIDs), `vt` (variables that got one value), `cwe` (the ten words that come ten times as often as others) and `fwe`
+(of made-up words the second to fourth most frequent: dots, which are to be ignored, come more often). Beside the answer
+to the letter, `string_match` is the published mark: the share of expected strings in what the model writes freely, in
+as many tokens as published.
 
-Deviations: words are made of syllables; a haystack's needles and words are drawn while the text is read, each line
-whole, and the few tokens that are left over are new lines; below 4,096 tokens `cwe` has three words, ten times each,
-among words that come once.
+Deviations: instructions do not stand before texts, nor worked examples before `vt` and `cwe`. Keys and the words of
+`cwe` are made of syllables. What is asked for stands before the segment that asks where there is room, except in `fwe`.
+A haystack's needles and words are drawn while the text is read, each line whole, and the few tokens that are left over
+are new lines. `cwe` has a word a line without numbers, and answers without them; its other words come near one another;
+below 4,096 tokens it has three words, ten times each, among words that come once. `fwe` has 2,000 words, and in the
+published configuration one for 50 tokens: from 1,600 tokens to six million words this makes no difference, as words
+that would come less than once do not come.
 """
 
+import bisect
 import dataclasses
 import itertools
+import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
-from pipelines.tasks.needle import HAY
+from pipelines.tasks.needle import in_hay
 from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, TooShortError, Wanted, ask, compose
-from pipelines.tasks.texts import Background, Stream, repeated
+from pipelines.tasks.texts import Background, Stream, filled
 
 MATCH = "string_match"
 NEEDLE = "One of the special magic {kind} for {key} is: {value}.\n"
@@ -45,12 +52,12 @@ FWE_QUESTION = (
 NUM_HOPS = 4
 _SCATTER = 7654321  # shares no factor with 70
 FREQUENT, ZETA = 3, 2.0  # words asked for, exponent of their frequencies
+DOTS = "..."  # in place of the most frequent word
 _SHORT = 4096  # tokens, below which cwe has fewer words
-_CODED = 200  # different words of fwe
-_LEAST_CODED = 50  # words of an fwe text
+_CODED, _CODED_LEN = 2000, 6  # different words of fwe, their letters
+_LEAST_CODED = 53  # from here on no two of the five highest counts of fwe are equal
 _STRETCH = 4096  # words of fwe whose order is drawn at once
 _NEAR = 256  # other words of cwe that come near one another
-_MAX_FILLER = 2**16  # tokens made at once
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # written for the mark, by kind of task
 _SYLLABLES = tuple(a + b for a, b in itertools.product("bdfgklmnprstvz", "aeiou"))  # 70
 
@@ -66,9 +73,8 @@ NUM_WORDS = len(_SYLLABLES) ** 4
 
 def niah_single(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """`niah_single_1`."""
-    hay = scene._replace(background=_hay(scene))
     key, value = word(int(generator.integers(NUM_WORDS))), str(generator.integers(10**6, 10**7))
-    return _needle(hay, wanted, "number", (key, value), generator)
+    return _needle(in_hay(scene), wanted, "number", (key, value), generator)
 
 
 def niah_multikey(kind: str) -> Maker:
@@ -105,17 +111,22 @@ def _pair(kind: str, generator: np.random.Generator) -> tuple[str, str]:
     return key, value
 
 
+def _in_letters(code: int, num: int) -> str:
+    """So many lower-case letters for each number below 26 ** num."""
+    return "".join(chr(ord("a") + code // 26**i % 26) for i in range(num))
+
+
 def variable_tracking(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """`vt`: one chain of four hops."""
-    hay = scene._replace(background=repeated(scene.encode(HAY)))
     value = str(generator.integers(10**4, 10**5))
     codes = generator.choice(26**5, NUM_HOPS + 1, replace=False)
-    names = ["".join(chr(ord("A") + code // 26**i % 26) for i in range(5)) for code in codes]
+    names = [_in_letters(code, 5).upper() for code in codes.tolist()]
     given = [value, *(f"VAR {name}" for name in names)]
-    facts = [scene.encode(f"\nVAR {name} = {got}\n") for name, got in zip(names, given, strict=False)]
+    facts = [scene.encode(f"VAR {name} = {got}\n") for name, got in zip(names, given, strict=False)]
     question = VT_QUESTION.format(value=value, num=len(names))
     asked = ask(scene, question, " " + " ".join(names), 26.0**25)
-    return _matched(compose(hay, wanted, facts, [asked], generator), names, NEW_TOKENS["vt"])
+    sample = compose(in_hay(scene), wanted, facts, [asked], generator, between_blocks=True)
+    return _matched(sample, names, NEW_TOKENS["vt"])
 
 
 def common_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
@@ -141,52 +152,51 @@ def _other_words(first: int, times: int, common: frozenset[int], generator: np.r
 
 
 def frequent_words(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
-    """`fwe`: the n-th word comes with a frequency of about 1 / n^2; no two of the four highest counts are equal."""
-    names = [word(int(code)) for code in generator.choice(NUM_WORDS, _CODED, replace=False)]
-    words = [scene.encode(f" {name}") for name in names]
+    """`fwe`: of `num` words the one of rank n comes floor(num n^-2 / zeta(2)) times; the first one is dots."""
+    codes = generator.choice(26**_CODED_LEN, _CODED - 1, replace=False).tolist()
+    names = [DOTS, *(_in_letters(code, _CODED_LEN) for code in codes)]
+    found = names[1 : FREQUENT + 1]
+    asked = ask(scene, FWE_QUESTION, " " + " ".join(found), 1)
+    room = wanted.length - len(asked.question) - len(asked.answer)
+    most = 2 * max(room, 0) + 100  # words: more than there is room for, as each has a token
+    words = [scene.encode(f" {name}") for name in names[: len(_counts(most))]]
     lengths = np.array([len(one) for one in words])
-    rest = len(scene.encode(FWE_QUESTION)) + (FREQUENT + 1) * int(lengths.max())
-    room = wanted.length - rest
-    num = int(round(room / float(_weights() @ lengths), 6))
+
+    def size(num: int) -> int:
+        counts = _counts(num)
+        return int(counts @ lengths[: len(counts)])
+
+    num = bisect.bisect_right(range(most), room, key=size) - 1
     if num < _LEAST_CODED:
-        raise TooShortError(rest + _LEAST_CODED * int(lengths.max()))
-    counts = _distinct_counts(num, generator)
-    while (size := int(counts.sum(0) @ lengths)) > room:  # with longer words than on average
-        num = num * room // size - 1
-        counts = _distinct_counts(num, generator)
-    found = [names[i] for i in np.argsort(-counts.sum(0))[:FREQUENT]]
-    hay = scene._replace(background=_coded(words, counts, scene.encode(".")))
-    asked = ask(scene, FWE_QUESTION, " " + " ".join(found), float(_CODED) ** FREQUENT)
+        raise TooShortError(wanted.length - room + size(_LEAST_CODED))
+    counts = _counts(num)
+    hay = scene._replace(background=_coded(words, counts, scene.encode("\n")))
+    asked = asked._replace(num_choices=float(math.perm(len(counts) - 1, FREQUENT)))  # of the words that come
     return _matched(compose(hay, wanted, [], [asked], generator), found, NEW_TOKENS["fwe"])
 
 
-def _weights() -> np.ndarray:
-    """How frequent each word is, (words,) float64 of sum 1."""
-    weights = np.arange(1.0, _CODED + 1) ** -ZETA
-    return weights / weights.sum()
-
-
-def _distinct_counts(num: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each of the words comes in each stretch of a text of `num` words, (stretches, words) int64."""
-    stretches = np.diff([*range(0, num, _STRETCH), num])
-    while True:
-        counts = generator.multinomial(stretches, _weights())
-        if len(set(np.sort(counts.sum(0))[-FREQUENT - 1 :])) == FREQUENT + 1:
-            return counts
+def _counts(num: int) -> np.ndarray:
+    """How often the word of each rank comes: of `num` words the whole part of its share, (those that come,) int64."""
+    counts = (num * np.arange(1.0, _CODED + 1) ** -ZETA * 6 / math.pi**2).astype(np.int64)  # zeta(2) is pi^2 / 6
+    return counts[counts > 0]
 
 
 def _coded(words: Sequence[np.ndarray], counts: np.ndarray, filler: np.ndarray) -> Background:
     def draw(num: int, generator: np.random.Generator) -> Stream:
-        return partial(_filled, partial(_coded_words, words, counts, int(generator.integers(2**62))), num, filler)
+        return partial(filled, partial(_coded_words, words, counts, int(generator.integers(2**62))), num, filler)
 
     return draw
 
 
 def _coded_words(words: Sequence[np.ndarray], counts: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Each word just as often as told, all in random order, of which a stretch is drawn at once."""
     generator = np.random.default_rng(seed)
-    for stretch in counts:
+    left = counts
+    while num := min(_STRETCH, int(left.sum())):
+        stretch = generator.multivariate_hypergeometric(left, num, method="marginals")
         for i in generator.permutation(np.repeat(np.arange(len(stretch)), stretch)):
             yield words[i]
+        left = left - stretch
 
 
 def _lines(scene: Scene, lines: Callable[[np.random.Generator], Iterator[str]]) -> Background:
@@ -198,31 +208,9 @@ def _lines(scene: Scene, lines: Callable[[np.random.Generator], Iterator[str]]) 
         def encoded() -> Iterator[np.ndarray]:
             return (scene.encode(line) for line in lines(np.random.default_rng(seed)))
 
-        return partial(_filled, encoded, num, scene.encode("\n"))
+        return partial(filled, encoded, num, scene.encode("\n"))
 
     return draw
-
-
-def _hay(scene: Scene) -> Background:
-    """The same sentences over and over, never cut."""
-    block, filler = scene.encode(HAY), scene.encode("\n")
-
-    def draw(num: int, generator: np.random.Generator) -> Stream:
-        return partial(_filled, partial(itertools.repeat, block), num, filler)
-
-    return draw
-
-
-def _filled(blocks: Stream, num: int, filler: np.ndarray) -> Iterator[np.ndarray]:
-    """As many blocks as fit into `num` tokens, and filler for the rest."""
-    left = num
-    for block in blocks():
-        if len(block) > left:
-            break
-        yield block
-        left -= len(block)
-    for start in range(0, left, _MAX_FILLER):
-        yield np.resize(filler, min(_MAX_FILLER, left - start)).astype(np.int32)
 
 
 def _matched(sample: Sample, expected: Sequence[str], max_new_tokens: int) -> Sample:

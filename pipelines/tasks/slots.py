@@ -9,7 +9,8 @@ that are evenly spaced, up to the one in which an answer stands:
     read-out  accuracy of a linear classifier of the fact, given this token alone, or all of them
 
 A read-out is fitted by ridge regression to other texts' tokens at the same distance from the fact: each quarter of the
-texts is classified by what was fitted to the other three.
+texts is classified by what was fitted to the other three. A fact that those do not hold cannot be read: such texts are
+counted, as wrong, and where they are more than half of all there is no read-out.
 
 Axes: B texts, M memory tokens or slots, D width, K recorded segments, P segments of read-outs, C different facts.
 """
@@ -62,6 +63,7 @@ class ReadOut(NamedTuple):
     tokens: np.ndarray  # (P, M): from each token alone
     together: np.ndarray  # (P,): from all of them
     chance: float  # of the fact that is most frequent
+    num_unseen: int  # texts whose fact none of the others has, that read-outs are fitted to
 
 
 def check(model: RecurrentModel) -> None:
@@ -95,6 +97,16 @@ def make_texts(
     known = {answer: number for number, answer in enumerate(sorted(set(answers)))}
     most = max(_fact_tokens(first.stream, second.stream) for first, second in zip(samples, later, strict=True))
     return Texts(samples, np.array([known[answer] for answer in answers]), most)
+
+
+def check_facts(texts: Texts) -> None:
+    """InputError where most facts are those of a single text, so that no read-out could be right."""
+    num, num_unseen = len(texts.facts), int(_unseen(texts.facts).sum())
+    if 2 * num_unseen > num:
+        raise InputError(
+            f"slots: of {num} texts {num_unseen} have a fact that none of the others has, which cannot be read out; "
+            "use more --num-texts, or a --task that asks for few different answers, such as detect"
+        )
 
 
 def _draw(task: QuestionTask, scene: Scene, wanted: Wanted, seed: int, index: int) -> Sample:
@@ -186,18 +198,30 @@ def read_out(trace: Trace, facts: np.ndarray) -> ReadOut:
     num_probes, num_tokens = states.shape[1:3]
     alone = [[accuracy(states[:, p, m], facts) for m in range(num_tokens)] for p in range(num_probes)]
     together = [accuracy(states[:, p].flatten(1), facts) for p in range(num_probes)]
-    return ReadOut(np.array(alone), np.array(together), float(np.bincount(facts).max() / len(facts)))
+    chance = float(np.bincount(facts).max() / len(facts))
+    return ReadOut(np.array(alone), np.array(together), chance, int(_unseen(facts).sum()))
 
 
 def accuracy(features: Tensor, labels: np.ndarray) -> float:
     """The share of labels (B,) that a linear read-out of features (B, F) has right, none of its own texts seen."""
-    numbers = np.arange(len(labels))
     right = 0
-    for fold in range(_NUM_FOLDS):
-        test = numbers % _NUM_FOLDS == fold
+    for test in _folds(len(labels)):
         chosen = _classifier(features[~test], torch.from_numpy(labels[~test]))(features[test])
         right += int((chosen.numpy() == labels[test]).sum())
     return right / len(labels)
+
+
+def _folds(num: int) -> Iterator[np.ndarray]:
+    """Which of so many texts are classified by what is fitted to the others, (B,) bool each."""
+    return (np.arange(num) % _NUM_FOLDS == fold for fold in range(_NUM_FOLDS))
+
+
+def _unseen(facts: np.ndarray) -> np.ndarray:
+    """Which texts (B,) have a fact that is in none that their read-out is fitted to, (B,) bool."""
+    found = np.zeros(len(facts), dtype=bool)
+    for test in _folds(len(facts)):
+        found |= test & ~np.isin(facts, facts[~test])
+    return found
 
 
 def _classifier(features: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:

@@ -93,5 +93,11 @@ def table(trace: Trace, found: ReadOut, shown: Shown) -> str:
     return (
         titled("read-out of the fact", heads, rows, "accuracy")
         + f"\n\n{num} texts; the most frequent fact alone would "
-        f"give {found.chance:.4f}. In brackets: the 95 % Wilson interval.\n"
+        f"give {found.chance:.4f}. {_about_unseen(found)}In brackets: the 95 % Wilson interval.\n"
     )
+
+
+def _about_unseen(found: ReadOut) -> str:
+    if not found.num_unseen:
+        return ""
+    return f"Of these, {found.num_unseen} have a fact that no other text has and count as wrong. "

@@ -4,8 +4,9 @@ Copy and reverse as in Bulatov et al. 2022 (arXiv:2207.06881, section 4), associ
 rewrites as in Rodkin et al. 2024 (arXiv:2407.04841, appendix E), sorting as in Martins et al. 2022 (arXiv:2109.00301,
 section 4.1). Every symbol is a letter, encoded by itself.
 
-Deviations: a source has at most 4,096 symbols; where the text is longer, background stands behind it. There are at
-most 4,096 pairs, one a segment where that is fewer. The drift of a sorting text is constant within each of 64 or more
+Deviations: a copied source is asked for once, where the paper asks for it twice over. A source has at most 4,096
+symbols; where the text is longer, background stands behind it. There are at most 4,096 pairs, one a segment where that
+is fewer, and no more than the text has room for. The drift of a sorting text is constant within each of 64 or more
 stretches, so that its counts are known before it is made.
 """
 
@@ -63,6 +64,17 @@ def retrieval(*, rewrites: bool) -> Maker:
 
 def _retrieval(rewrites: bool, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     num = int(np.clip(wanted.length // wanted.segment_len - 1, 1, _MAX_PAIRS))
+    while True:
+        try:
+            return _looked_up(num, rewrites, scene, wanted, generator)
+        except TooShortError as error:
+            if num == 1:
+                raise
+            num = max(1, num * wanted.length // error.need)  # fewer: the need is longer
+
+
+def _looked_up(num: int, rewrites: bool, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    """With so many pairs."""
     names = _distinct_keys(min(num, NUM_REWRITTEN) if rewrites else num, generator)
     which = generator.integers(len(names), size=num) if rewrites else np.arange(num)
     values = generator.integers(len(LETTERS), size=num)

@@ -74,20 +74,16 @@ def _noise(alphabet: np.ndarray, seed: int, num: int) -> Iterator[np.ndarray]:
         yield generator.choice(alphabet, min(_BLOCK, num - start))
 
 
-def repeated(tokens: np.ndarray) -> Background:
-    """The same tokens (n,) over and over."""
-    tokens = tokens.astype(np.int32)
-    times = max(1, _BLOCK // len(tokens))
-
-    def draw(num: int, generator: np.random.Generator) -> Stream:
-        return partial(_repeated, np.tile(tokens, times), num)
-
-    return draw
-
-
-def _repeated(block: np.ndarray, num: int) -> Iterator[np.ndarray]:
-    for start in range(0, num, len(block)):
-        yield block[: min(len(block), num - start)]
+def filled(blocks: Stream, num: int, filler: np.ndarray) -> Iterator[np.ndarray]:
+    """As many whole blocks as fit into `num` tokens, and filler (n,) over and over for the rest."""
+    left = num
+    for block in blocks():
+        if len(block) > left:
+            break
+        yield block
+        left -= len(block)
+    for start in range(0, left, _BLOCK):
+        yield np.resize(filler, min(_BLOCK, left - start)).astype(np.int32)
 
 
 def joined(

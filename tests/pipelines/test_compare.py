@@ -6,12 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines import compare, storage
-from pipelines.tasks import comparison, comparison_plot, curves
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.tasks import TASKS, capacity, comparison, comparison_plot, curves, texts
 from pipelines.tasks.intervals import t_interval
+from pipelines.tasks.questions import QuestionTask
 from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject
+from pipelines.tasks.samples import Scene, Wanted
 
 ASKED = {"tokenizer": "bytes", "background": "noise", "num_samples": 16, "depths": [], "seed": 0, "seeds": 1}
 RMT_FLOATS = "rmt, 256 floats, 1,000 parameters, segments of 24 tokens"
@@ -85,22 +89,22 @@ def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("about", "asked"),
+    ("about", "asked", "told"),
     [
-        ({"memory": "xl"}, {}),
-        ({"state_floats": 512}, {}),
-        ({"num_parameters": 1001}, {}),
-        ({"num_parameters": None}, {}),
-        ({"segment_len": 48}, {}),
-        ({}, {"background": "prose"}),
-        ({}, {"questions_version": 2}),
-        ({}, {"num_samples": 8}),
-        ({}, {"depths": [0.0, 1.0]}),
-        ({}, {"seed": 1}),
+        ({"memory": "xl"}, {}, ""),
+        ({"state_floats": 512}, {}, ""),
+        ({"num_parameters": 1001}, {}, ""),
+        ({"num_parameters": None}, {}, ""),
+        ({"segment_len": 48}, {}, "segment_len is 24 in a/seed-0 and 48 in a/seed-1"),
+        ({}, {"background": "prose"}, "background is noise in a/seed-0 and prose in a/seed-1"),
+        ({}, {"questions_version": 2}, "questions_version is not told in a/seed-0 and 2 in a/seed-1"),
+        ({}, {"num_samples": 8}, "num_samples is 16 in a/seed-0 and 8 in a/seed-1"),
+        ({}, {"depths": [0.0, 1.0]}, "depths is none in a/seed-0 and 0.0,1.0 in a/seed-1"),
+        ({}, {"seed": 1}, "seed is 0 in a/seed-0 and 1 in a/seed-1"),
     ],
 )
 def test_what_is_unlike_is_no_seed_of_one_another(
-    about: dict[str, Any], asked: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    about: dict[str, Any], asked: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = evaluation(tmp_path / "a" / "seed-0", answers({1024: 1.0}))
     two = evaluation(tmp_path / "a" / "seed-1", answers({1024: 0.5, 4096: 0.25}), asked, **about)
@@ -108,8 +112,64 @@ def test_what_is_unlike_is_no_seed_of_one_another(
     assert sorted(found["models"].values()) == [["seed-0"], ["seed-1"]]
     text = Path(found["table"]).read_text()
     assert text.count("### detect: accuracy, memory") == 2
-    assert ("Not the same questions" in text) == bool(asked)
+    assert [line for line in text.splitlines() if "Not the same questions" in line] == (
+        [f"**Not the same questions**: {told}."] if told else []
+    )
     assert row(found, "detect: accuracy, true memory", "4,096") == ["4,096", "-", "0.2500"]
+
+
+def test_settings_are_unlike_however_late_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    depths = [i / 10 for i in range(11)]
+    asked = [{"depths": depths[:5], "tokenizer": "a" * 64}, {"depths": depths, "tokenizer": "a" * 63 + "b"}]
+    one, two = (evaluation(tmp_path / name, answers({64: 0.5}), told) for name, told in zip("ab", asked, strict=True))
+    found = run(["--results", f"a={one}", f"b={two}", "--output", str(tmp_path / "out")], capsys)
+    assert found["differences"] == []
+    text = Path(found["table"]).read_text()
+    assert f"depths is 0.0,0.1,0.2,0.3,0.4 in {tmp_path.name}/a and {','.join(map(str, depths))} in" in text
+    assert f"tokenizer is {'a' * 16} in {tmp_path.name}/a and {'a' * 16} in" in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_segments_count_where_they_decide_what_is_asked(task: str, tmp_path: Path) -> None:
+    groups = []
+    for segment_len in (24, 900):
+        uri = evaluation(tmp_path / str(segment_len), answers({1024: 1.0}, task), segment_len=segment_len)
+        groups += comparison.read_groups([uri], "accuracy")
+    asked = comparison.differences_of_questions([one for group in groups for one in group.evaluations])
+    maker = TASKS[task]
+    if not isinstance(maker, QuestionTask):
+        assert not asked
+        return
+    scene = Scene(ByteTokenizer(), texts.noise(ByteTokenizer()))
+    drawn = []
+    for segment_len in (24, 900):
+        samples = [maker.make(scene, Wanted(1500, segment_len), np.random.default_rng(seed)) for seed in range(3)]
+        drawn.append([texts.whole(sample.stream).tolist() for sample in samples])
+    assert (drawn[0] != drawn[1]) == bool(asked)
+
+
+def test_segments_count_where_so_many_of_them_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def differences(asked: dict[str, Any]) -> Any:
+        folder = tmp_path / str(asked["limit_segments"])
+        one, two = (evaluation(folder / str(size), [], asked, segment_len=size) for size in (24, 48))
+        words = ["--results", f"a={one}", f"b={two}", "--metric", "loss", "--output", str(folder / "out")]
+        return run(words, capsys)["differences"]
+
+    assert len(differences({"limit_segments": None})) == 1
+    assert differences({"limit_segments": 8}) == []
+
+
+def test_no_label_and_no_curve_is_given_to_two_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for k in (1, 2) for line in answers({1024: 1.0}, f"capacity_{k}")]
+    uris = [evaluation(tmp_path / str(i), lines, state_floats=256 * i) for i in range(4)]
+    groups = comparison.read_groups([f"rmt={uris[0]}", uris[1]], "accuracy")
+    assert [group.label for group in groups] == ["rmt", "other rmt"]
+    assert {held.curve for held in capacity.facts_held(groups)} == {"rmt", "other rmt"}
+    groups = comparison.read_groups([f"rmt 1={uris[0]}", *uris[1:]], "accuracy")
+    assert [group.label for group in groups] == ["rmt 1", "rmt 2", "rmt 3", "rmt 4"]
+    assert [group.kind for group in groups] == ["rmt 1", "rmt", "rmt", "rmt"]
+    run(["--results", f"rmt={uris[0]}", uris[1], "--output", str(tmp_path / "out")], capsys)
+    assert "| tokens | rmt | other rmt |" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_questions_that_a_task_does_not_read_keep_no_seeds_apart(
@@ -278,24 +338,59 @@ def test_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.Captur
     assert len(list((tmp_path / "one").iterdir())) == 2
 
 
+def facts_held(folder: Path, values: dict[int, float], *, floats: int = 256, **ends: float) -> str:
+    """The evaluation of a model that has so many answers right of so many facts."""
+    lines = [{**line, **ends} for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
+    return evaluation(folder, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
+
+
 def test_facts_held_are_the_most_that_are_right_at_95_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def model(name: str, values: dict[int, float], floats: int) -> str:
-        lines = [line for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
-        return evaluation(tmp_path / name, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
-
-    nothing = model("d", {1: 0.0}, 0)
-    small = [model("a", {1: 1.0, 2: 0.96, 4: 0.94}, 256), model("b", {1: 0.5, 2: 0.5}, 256)]
-    large = model("c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, 512)
+    nothing = facts_held(tmp_path / "d", {1: 0.0}, floats=0)
+    small = [
+        facts_held(tmp_path / "a", {1: 1.0, 2: 0.96, 4: 0.94}, high=0.94),
+        facts_held(tmp_path / "b", {1: 0.5, 2: 0.5}),
+    ]
+    large = facts_held(tmp_path / "c", {1: 1.0, 2: 0.96, 4: 0.95, 8: 0.5}, floats=512)
     found = run(["--results", *small, large, "--output", str(tmp_path / "out")], capsys)
     lines = Path(found["capacity_table"]).read_text().splitlines()
-    assert "| rmt | 256 | 2, 0 (mean 1.0000) |" in lines
-    assert "| rmt | 512 | 4 (mean 4.0000) |" in lines
+    assert "| memory | state floats | samples | 1,024 tokens |" in lines
+    assert "| rmt | 256 | 16 | 2 [0, 0], 0 [0, >= 2] (mean 1.0000) |" in lines
+    assert "| rmt | 512 | 16 | 4 [0, >= 8] (mean 4.0000) |" in lines
     assert Path(found["capacity_plot"]).read_bytes().startswith(b"\x89PNG")
     with_none = run(["--results", nothing, *small, "--output", str(tmp_path / "none")], capsys)
-    assert "| rmt | 0 | 0 (mean 0.0000) |" in Path(with_none["capacity_table"]).read_text()
+    assert "| rmt | 0 | 16 | 0 [0, >= 1] (mean 0.0000) |" in Path(with_none["capacity_table"]).read_text()
     named = run(["--results", "all=" + ",".join([*small, large]), "--output", str(tmp_path / "out")], capsys)
-    assert "| all | 512 | 4 (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
+    assert "| all | 512 | 16 | 4 [0, >= 8] (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
     plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))
     assert "capacity_table" not in run(["--results", plain, "--output", str(tmp_path / "plain-out")], capsys)
+
+
+def test_facts_held_are_a_bound_where_more_or_fewer_were_not_asked_for(tmp_path: Path) -> None:
+    all_held = facts_held(tmp_path / "a", {1: 1.0, 8: 1.0}, low=0.96)
+    too_many = facts_held(tmp_path / "b", {16: 0.1, 64: 0.6}, low=0.0, high=0.7)
+    groups = comparison.read_groups([f"first={all_held}", f"second={too_many}"], "accuracy")
+    lines = capacity.markdown(groups).splitlines()
+    assert "| first | 256 | 16 | >= 8 [>= 8, >= 8] |" in lines
+    assert "| second | 256 | 16 | < 16 [< 16, < 16] |" in lines
+    held = capacity.facts_held(groups)
+    assert capacity.most_asked(held) == {8: "most that was asked of first", 64: "most that was asked of second"}
+    assert capacity.most_asked(held[:1]) == {8: "most that was asked"}
+    assert [capacity.interval(one) for one in held] == [(8, 8), (0, 16)]
+
+
+def test_what_is_written_anew_leaves_nothing_of_an_earlier_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = facts_held(tmp_path / "facts", {1: 1.0, 2: 0.5})
+    one = evaluation(tmp_path / "one", [*answers({1024: 1.0}), *costs({1024: 8.0})])
+    out = tmp_path / "out"
+    run(["--results", facts, one, "--output", str(out)], capsys)
+    (out / "notes.md").write_text("mine")
+    own = {"comparison.md", "comparison.png", "cost.md", "cost.png", "capacity.md", "capacity.png"}
+    assert {path.name for path in out.iterdir()} == {*own, "notes.md"}
+    run(["--results", one, "--output", str(out)], capsys)
+    assert {path.name for path in out.iterdir()} == {*own, "notes.md"} - {"capacity.md", "capacity.png"}
+    run(["--results", one, "--metric", "loss", "--output", str(out)], capsys)
+    assert {path.name for path in out.iterdir()} == {"comparison.md", "comparison.png", "notes.md"}

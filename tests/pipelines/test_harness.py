@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import rmt_core
-from pipelines import harness
+from pipelines import harness, storage
 from pipelines.config import InputError
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks.continuations import Asked, Writing, score, write
@@ -73,6 +74,17 @@ def test_how_a_request_wants_its_text() -> None:
     assert writing_of(drawn) == Writing(256, ("a", "b"), Sampling(0.5, 0.9))
     with pytest.raises(InputError, match="num_beams"):
         writing_of({"num_beams": 4})
+
+
+def test_a_metric_that_is_no_number_is_null_and_loses_no_other(tmp_path: Path) -> None:
+    figures = {"alias": "a", "acc,none": 0.5, "ppl,none": math.nan, "ppl_stderr,none": math.inf, "bits,none": -math.inf}
+    rest = {name: {"a": 1} for name in ("versions", "n-shot", "n-samples", "higher_is_better")}
+    storage.write_json(str(tmp_path / "results.json"), harness.kept({"results": {"a": figures}, **rest, "other": 1}))
+    found = storage.read_json(str(tmp_path / "results.json"))
+    assert found["results"]["a"] == {**figures, "ppl,none": None, "ppl_stderr,none": None, "bits,none": None}
+    assert found["n-shot"] == {"a": 1}
+    printed = {line["metric"]: line["value"] for line in harness._metrics(found["results"])}
+    assert printed == {"acc": 0.5, "ppl": None, "bits": None}
 
 
 @needs_harness

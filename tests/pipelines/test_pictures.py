@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(models: Path, memory: str, output: Path, *more: str) -> list[str]:
-    settings = "--background noise --length 100 --num-texts 8 --batch-size 4"
+    settings = "--background noise --length 100 --num-texts 32 --batch-size 4"
     return ["--model", str(models / memory), "--output", str(output), *settings.split(), *more]
 
 
@@ -74,6 +74,37 @@ def test_the_attention_is_that_before_the_answer(length: int, models: Path, monk
     assert pictures.main(words(models, "rmt", output, "--pictures", "attention", "--length", str(length))) == 0
     assert [len(tokens) for tokens in seen] == [(length - 2) % 16 + 1]
     assert bytes(seen[0]).endswith(b"?")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_attention_is_that_of_texts_that_ask_in_the_same_segment(
+    seed: int, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of qa1 have seven to nine tokens, so that some texts ask in segment 63 and some in segment 62."""
+    seen = []
+
+    def mass(model: Any, tokens: Any, before: Any, lengths: Any) -> Any:
+        seen.extend(bytes(row[:num].tolist()) for row, num in zip(tokens, lengths.tolist(), strict=True))
+        return attention_mass(model, tokens, before, lengths)
+
+    attention_mass = rmt_core.attention_mass
+    monkeypatch.setattr(rmt_core, "attention_mass", mass)
+    output = models.parent / f"stories-{seed}"
+    more = f"--pictures attention --task qa1 --length 1017 --batch-size 16 --num-texts 16 --seed {seed}"
+    assert pictures.main(words(models, "rmt", output, *more.split())) == 0
+    assert 0 < len(seen) < 16
+    assert all(text.endswith(b":") for text in seen)
+
+
+def test_facts_that_all_differ_have_no_read_out(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--task", "needle", "--length", "300"]
+    assert pictures.main(words(models, "rmt", tmp_path / "out", *more)) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(ATTENTION)
+    assert "left out: slots: of 32 texts 32 have a fact that none of the others has" in capsys.readouterr().err
+    assert pictures.main(words(models, "rmt", tmp_path / "slots", *more, "--pictures", "slots")) == 2
+    assert "a --task that asks for few different answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

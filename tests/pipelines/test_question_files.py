@@ -77,12 +77,18 @@ def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: P
         ("Is Bill in the kitchen? ", "maybe", "Maybe", 1),
         ("How many objects is Mary carrying? ", "two", "two", 1),
         ("How many objects is Mary carrying? ", "two", "one or two", 0),
+        ("How many objects is Mary carrying? ", "two", "two, the apple and the milk", 1),
+        ("How many objects is Mary carrying? ", "none", "none", 1),
         ("What is Mary carrying? ", "apple,football", "The football and the apple", 1),
         ("What is Mary carrying? ", "apple,football", "the apple", 0),
         ("What is Mary carrying? ", "apple,football", "apple, football, milk", 0),
         ("What is Mary carrying? ", "nothing", "nothing", 1),
         ("What is Mary carrying? ", "milk", "milk or nothing", 0),
         ("What did Fred give to Bill? ", "milk", "milk, says Jeff", 0),
+        ("Where is Mary? ", "office", "\nOffice<context> garden", 1),
+        ("Where is Mary? ", "office", "office\ngarden", 0),
+        ("Where is Mary? ", "office", "office. garden", 1),
+        ("Where is Mary? ", "office", "office<example>garden", 1),
     ],
 )
 def test_babilongs_strict_mark_is_by_the_labels_of_the_task(
@@ -131,6 +137,8 @@ def test_rulers_tasks_are_told_by_their_prompts(
         ("passage_count", ["7"], "none", {"numbers": 0}, 32),
         ("lcc", ["x = 1"], "# set\nx = 2\n", {"edit_similarity": 4 / 5}, 64),
         ("repobench-p", ["x = 1"], "\nx = 1\ny", {"edit_similarity": 1}, 64),
+        ("lcc", ["# x"], "# x\n`x`\n// x", {"edit_similarity": 0}, 64),
+        ("hotpotqa", ["The"], "a", {"f1": 0, "exact_match": 1}, 32),
     ],
 )
 def test_longbench_is_marked_by_its_data_set(
@@ -190,6 +198,14 @@ def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_pat
         ([{**ROWS["longbench"], "answers": "cat"}], ["row 1", 'its answers are "cat"']),
         ([ROWS["scrolls"], {**ROWS["scrolls"], "id": "2", "output": ""}], ["row 2", "empty answer"]),
         ([{**ROWS["scrolls"], "output": None}], ["row 1", "output is null", "another split"]),
+        ([{**ROWS["scrolls"], "output": 5}], ["row 1", "its output is 5, no text"]),
+        ([{**ROWS["scrolls"], "output": 0}], ["row 1", "its output is 0, no text"]),
+        ([{**ROWS["scrolls"], "input": ["a"]}], ["row 1", 'its input is ["a"], no text']),
+        ([{**ROWS["longbench"], "context": 5}], ["row 1", "its context is 5, no text"]),
+        ([{**ROWS["longbench"], "input": None}], ["row 1", "its input is null, no text"]),
+        ([{**ROWS["scrolls"], "input": "a\ud800"}], ["row 1", "character '\\ud800' at place 1", "no Unicode text"]),
+        ([{**ROWS["babilong"], "target": "\udc00"}], ["row 1", "'\\udc00'", "no Unicode text"]),
+        ([ROWS["ruler"], {"input": "", "outputs": ["a"]}], ["row 2", "empty text cannot be asked"]),
         ([{"text": "a"}], ["fields text", "BABILong", "SCROLLS"]),
         ([ROWS["babilong"], {"input": "a"}], ["row 2", "no row of BABILong", "question"]),
         ([{**ROWS["babilong"], "input": "a" * 300}], ["at length 200", "has 3"]),
@@ -200,6 +216,18 @@ def test_other_files_are_refused(rows: list[Any], says: list[str], tmp_path: Pat
     with pytest.raises(InputError) as error:
         TASKS["file"].check(200, 16, material(uri))
     assert all(word in str(error.value) for word in says), str(error.value)
+
+
+@pytest.mark.parametrize("at", [-20, 30])
+def test_a_damaged_parquet_file_is_refused_in_one_line(at: int, tmp_path: Path) -> None:
+    """In its footer, which gives an OSError, or in its data."""
+    path = Path(write(tmp_path / "rows.parquet", *[{**ROWS["babilong"], "input": str(i)} for i in range(100)]))
+    content = bytearray(path.read_bytes())
+    content[at : at + 12] = b"\xff" * 12
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="no Parquet file, or a damaged one: ") as error:
+        question_files.read(str(path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there_or_no_parquet_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,20 @@ def test_a_read_out_of_many_features_and_no_fact_is_at_chance() -> None:
     assert slots.accuracy(features, np.random.default_rng(0).integers(16, size=400)) < 0.12
 
 
+def test_facts_of_a_single_text_cannot_be_read_out() -> None:
+    shared = np.array([0, 0, 1, 1, 2, 2, 3, 4])  # in quarters that differ, but for the last two
+    assert slots._unseen(shared).tolist() == [False] * 6 + [True] * 2
+    in_one_quarter = np.array([0, 1, 1, 1, 0, 1, 1, 1])
+    assert slots._unseen(in_one_quarter).tolist() == [True, False, False, False] * 2
+    found = texts(num=8)
+    slots.check_facts(found._replace(facts=shared))
+    slots.check_facts(texts(num=64))
+    with pytest.raises(InputError, match="of 64 texts 64 have a fact that none of the others has"):
+        slots.check_facts(texts(length=400, num=64, task="needle"))
+    with pytest.raises(InputError, match="of 8 texts 5 have"):
+        slots.check_facts(found._replace(facts=np.array([0, 0, 0, 1, 2, 3, 4, 5])))
+
+
 def test_the_picture_changes_with_the_record_and_the_table_says_how_many_texts() -> None:
     model = tiny_model(RMT, segment_len=16, vocab_size=257)
     found = texts(num=8)
@@ -99,6 +113,8 @@ def test_the_picture_changes_with_the_record_and_the_table_says_how_many_texts()
     assert written[2] == "| segments since the fact | token 0 | token 1 | token 2 | all tokens |"
     assert len([line for line in written if line.startswith("| ")]) == 2 + 5
     assert "8 texts" in written[-1]
+    assert f"{read.num_unseen} have a fact that no other text has and count as wrong" in written[-1]
+    assert "count as wrong" not in table(trace, read._replace(num_unseen=0), shown)
 
 
 @pytest.mark.parametrize("memory", ["none", XL, ARMT, RMT_R, [XL, RMT], {"kind": "rmt", "num_tokens": 0}])

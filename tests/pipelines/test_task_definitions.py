@@ -177,6 +177,19 @@ def test_the_value_written_last_is_retrieved(rewrites: bool, seed: int) -> None:
     assert len(dict(pairs)) == 49 if not rewrites else len(dict(pairs)) <= 16
 
 
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("length", [15, 16, 100, 199, 391, 4000])
+def test_there_are_no_more_pairs_than_the_text_has_room_for(length: int, rewrites: bool) -> None:
+    """A segment of 4 tokens holds no pair of 8."""
+    make = symbols.retrieval(rewrites=rewrites)
+    sample = make(SCENE, Wanted(length, 4), np.random.default_rng(0))
+    text, [answer] = read(sample)
+    pairs = re.findall(r"(?<=\n)([A-Z]{4}):([A-Z])\n", text)
+    assert len(texts.whole(sample.stream)) == length
+    assert (length - 7) // 8 - 1 <= len(pairs) <= (length - 7) // 8
+    assert dict(pairs)[text[-5:-1]] == answer
+
+
 @pytest.mark.parametrize("length", [100, 1000, 300_000])
 def test_symbols_are_sorted_by_how_often_they_come(length: int) -> None:
     sample = draw(symbols.sorting, length)
@@ -215,17 +228,20 @@ def test_the_roots_solve_the_equation(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_chance_of_a_root_is_by_what_the_steps_before_it_leave(seed: int) -> None:
+def test_chance_of_a_number_is_that_of_the_likeliest_that_the_steps_before_it_leave(seed: int) -> None:
     sample = draw(quadratic.equation, 400, seed)
     discriminant, low, _ = map(int, read(sample)[1])
-    left = {
-        (x, y)
-        for x in range(-99, 100)
-        for y in range(x, 100)
-        if any((a * (x - y)) ** 2 == discriminant for a in range(1, 10))
-    }
-    assert sample.answers[1].num_choices == len({x for x, _ in left})
-    assert sample.answers[2].num_choices == len([y for x, y in left if x == low]) <= 9
+    a, r, s = np.ix_(np.arange(1, 10), np.arange(-99, 100), np.arange(-99, 100))
+    values = (a * (r - s)) ** 2
+    left = [tuple(sorted((i % 199 - 99, i // 199 % 199 - 99))) for i in np.flatnonzero(values == discriminant).tolist()]
+    chances = [
+        np.unique(values, return_counts=True)[1].max() / values.size,
+        max(Counter(x for x, _ in left).values()) / len(left),
+        max(Counter(y for x, y in left if x == low).values()) / len([x for x, _ in left if x == low]),
+    ]
+    assert [1 / answer.num_choices for answer in sample.answers] == pytest.approx(chances)
+    assert sample.answers[2].num_choices <= 9
+    assert chances[0] > 1.3 / 199  # of equal roots
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -263,16 +279,17 @@ def test_frequent_words_fill_the_text_whatever_their_length_in_tokens() -> None:
 
     sample = ruler.frequent_words(Scene(Uneven(), texts.noise(BYTES)), Wanted(20_000, 64), np.random.default_rng(0))
     tokens = texts.whole(sample.stream)
-    filler = int(Uneven().encode(".")[0])
-    trailing = np.flatnonzero(tokens[:-200] != filler)[-1]
+    question = len(Uneven().encode(ruler.FWE_QUESTION))
+    before = tokens[: sample.answers[0].at - question]
+    filler = int(Uneven().encode("\n")[0])
     assert len(tokens) == 20_000
-    assert len(tokens) - 200 - trailing < 1000
+    assert len(before) - 1 - np.flatnonzero(before != filler)[-1] < 100
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_variables_that_got_the_value_are_named(seed: int) -> None:
     text, [answer] = read(draw(ruler.variable_tracking, 2000, seed))
-    got = dict(re.findall(r"\nVAR (\w+) = (?:VAR )?(\w+)\n", text))
+    got = dict(re.findall(r"^VAR (\w+) = (?:VAR )?(\w+)$", text, re.MULTILINE))
     [value] = re.findall(r"assigned the value (\d+) in", text)
     names = list(got)
     while True:
@@ -309,12 +326,48 @@ def test_no_common_word_follows_from_another(monkeypatch: pytest.MonkeyPatch) ->
     assert str(near) not in {next(others).strip() for _ in range(3 * 256)}
 
 
-@pytest.mark.parametrize("length", [1000, 100_000])
-def test_frequent_words_are_the_three_that_come_most_in_their_order(length: int) -> None:
-    text, [answer] = read(draw(ruler.frequent_words, length))
-    words = Counter(text.partition("\nQuestion")[0].strip(".").split())
-    assert [word for word, _ in words.most_common(3)] == answer.split()
-    assert len({num for _, num in words.most_common(4)}) == 4
+@pytest.mark.parametrize("depth", [None, 0.5, 1.0])
+@pytest.mark.parametrize("make", [ruler.variable_tracking, needle.passkey])
+def test_lines_of_facts_and_of_the_sentences_around_them_are_whole(make: Maker, depth: float | None) -> None:
+    text, _ = read(draw(make, 2000, depth=depth))
+    lines = text.partition("\nQuestion" if make is ruler.variable_tracking else "\nWhat is")[0].splitlines()
+    others = [line for line in lines if line not in (needle.HAY.strip(), "")]
+    assert len(others) == (5 if make is ruler.variable_tracking else 1)
+    told = r"VAR [A-Z]{5} = (VAR [A-Z]{5}|\d{5})|The pass key is (\d{5})\. Remember it\. \2 is the pass key\."
+    assert all(re.fullmatch(told, line) for line in others)
+
+
+@pytest.mark.parametrize("length", [1000, 20_000, 200_000])
+def test_frequent_words_are_those_of_ranks_2_to_4_behind_dots_as_published(length: int) -> None:
+    sample = draw(ruler.frequent_words, length)
+    text, [answer] = read(sample)
+    words = Counter(text.partition("\nQuestion")[0].split())
+    assert [word for word, _ in words.most_common(4)] == ["...", *answer.split()]
+    counts = [num for _, num in words.most_common()]
+    assert len(set(counts[:5])) == 5
+    zeta = sum(n**-2 for n in range(1, 10**6))
+    num = next(num for num in range(10**6) if int(num / zeta) == counts[0])
+    wanted = [{int((num + more) / zeta / n**2) for more in (0, 1)} for n in range(1, 2001)]  # the same count of dots
+    assert all(count in allowed for count, allowed in zip(counts, wanted, strict=False))
+    assert 0 in wanted[len(counts)]
+    assert all(re.fullmatch("[a-z]{6}", word) for word in words if word != "...")
+    assert sample.answers[0].num_choices == (len(words) - 1) * (len(words) - 2) * (len(words) - 3)
+
+
+def test_words_are_spread_over_a_text_of_many_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ruler, "_STRETCH", 64)
+    text, [answer] = read(draw(ruler.frequent_words, 50_000))
+    words = text.partition("\nQuestion")[0].split()
+    for word in ("...", answer.split()[0]):
+        places = [i / len(words) for i, one in enumerate(words) if one == word]
+        assert np.mean(places) == pytest.approx(0.5, abs=0.04)
+        assert len(places) == words.count(word) == int(words.count("...") / (1 if word == "..." else 4))
+
+
+@pytest.mark.parametrize("num", [53, 54, 60, 75, 90, 100, 128, 200, 1000])
+def test_no_two_of_the_highest_counts_are_equal(num: int) -> None:
+    assert len(set(ruler._counts(num)[:5].tolist())) == 5
+    assert len(set(ruler._counts(ruler._LEAST_CODED - 1)[:5].tolist())) == 4
 
 
 def test_a_match_is_the_share_of_expected_strings() -> None:
@@ -335,8 +388,11 @@ def test_as_many_tokens_are_written_as_published(make: Maker, num_tokens: int) -
     assert draw(make, 5000).max_new_tokens == num_tokens
 
 
-@pytest.mark.parametrize("make", [facts.reason, symbols.sorting, ruler.frequent_words, recall.detect])
+@pytest.mark.parametrize(
+    "make",
+    [facts.reason, symbols.sorting, symbols.retrieval(rewrites=False), ruler.frequent_words, recall.detect],
+)
 def test_what_does_not_fit_says_what_would(make: Maker) -> None:
     with pytest.raises(TooShortError) as error:
-        draw(make, 20)
+        draw(make, 14)
     draw(make, error.value.need)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, texts
+from pipelines.tasks import TASKS, needle, texts
 from pipelines.tasks.base import Material
 from pipelines.tasks.held_out import TextHeldOut
 from pipelines.tasks.questions import QuestionTask
-from pipelines.tasks.samples import Sample, TooShortError
+from pipelines.tasks.samples import Sample, Scene, TooShortError
 from pipelines.tasks.texts import Insert
 
 BYTES = ByteTokenizer()
@@ -47,12 +47,21 @@ def test_prose_goes_through_the_documents_and_begins_again(sizes: list[int]) -> 
 
 
 def test_a_stream_gives_the_same_tokens_whenever_it_is_opened() -> None:
-    for background in (texts.noise(BYTES), texts.prose(Documents([7])), texts.repeated(np.arange(5))):
+    hay = needle.in_hay(Scene(BYTES, texts.noise(BYTES))).background
+    for background in (texts.noise(BYTES), texts.prose(Documents([7])), hay):
         stream = background(200_000, np.random.default_rng(1))
         first = texts.whole(stream)
         assert len(first) == 200_000
         assert np.array_equal(first, texts.whole(stream))
         assert max(len(block) for block in stream()) <= 2**16
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 6, 7, 2**16 + 5])
+def test_whole_blocks_are_filled_up_to_the_length(num: int) -> None:
+    blocks = [np.array([1, 2, 3]), np.array([4, 5]), np.array([6, 7])]
+    found = np.concatenate(list(texts.filled(lambda: iter(blocks), num, np.array([9]))) or [np.zeros(0)]).tolist()
+    whole = {0: [], 1: [], 5: [1, 2, 3, 4, 5], 6: [1, 2, 3, 4, 5]}.get(num, [1, 2, 3, 4, 5, 6, 7])
+    assert found == [*whole, *[9] * (num - len(whole))]
 
 
 @pytest.mark.parametrize("cuts", [[10], [4, 6], [1, 0, 8, 1], []])
