@@ -43,6 +43,8 @@ from rmt_core.state import State
 
 ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
 UNWRITTEN = "num_unwritten"  # samples behind whose text full attention has no room to write
+_NOTHING = -1  # in place of a token where values are no numbers
+NOT_FINITE = "num_not_finite"  # samples at whose answers a model's values are no numbers, as where a state overflows
 
 
 class Marks(NamedTuple):
@@ -50,6 +52,7 @@ class Marks(NamedTuple):
 
     right: dict[str, list[np.ndarray]]  # memory -> for each sample which answers are right, (num answers,) bool
     scores: dict[str, list[dict[str, float]]]  # memory -> for each sample mark by metric
+    not_finite: dict[str, list[bool]]  # memory -> for each sample whether values at its answers are no numbers
 
 
 class _Read(NamedTuple):
@@ -108,13 +111,16 @@ def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], mat
     """The figures of samples 0 to num - 1, of which no more than a batch is there at once."""
     memories = memories_for(num, material)
     samples: list[Sample] = []
-    marks = Marks({memory: [] for memory in memories}, {memory: [] for memory in memories})
+    marks = Marks(
+        {memory: [] for memory in memories}, {memory: [] for memory in memories}, {memory: [] for memory in memories}
+    )
     for size in batch_sizes(num, material.batch_size):
         batch = [draw(len(samples) + i) for i in range(size)]
         found = batch_marks(model, batch, memories, material.tokenizer, compiled=material.compiled)
         for memory in memories:
             marks.right[memory].extend(found.right[memory])
             marks.scores[memory].extend(found.scores[memory])
+            marks.not_finite[memory].extend(found.not_finite[memory])
         samples.extend(replace(sample, stream=_nothing) for sample in batch)
     return figures(samples, marks)
 
@@ -152,6 +158,9 @@ def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
     oracles = [sample.oracle for sample in samples if sample.oracle is not None]
     if oracles:
         found.append(_figure(ORACLE, None, oracles, None, None))
+    for memory, rows in marks.not_finite.items():
+        if any(rows):
+            found.append(Figure(NOT_FINITE, float(sum(rows)), memory))
     if num := sum(1 for sample, one in zip(samples, marks.scores[TRUE], strict=True) if sample.scorers and not one):
         found.append(Figure(UNWRITTEN, float(num)))
     return found
@@ -193,6 +202,7 @@ def batch_marks(
     marks = Marks(
         {memory: [np.ones(len(sample.answers), dtype=bool) for sample in samples] for memory in memories},
         {memory: [{} for _ in samples] for memory in memories},
+        {memory: [False] * len(samples) for memory in memories},
     )
     state = _begin(model, samples)
     skimmer = rmt_core.Skimmer(model, compiled=compiled)
@@ -209,9 +219,11 @@ def batch_marks(
             before = given(memory, carried)
             out, new = model.step(part.tokens, before, part.lengths)
             state = new if memory == TRUE else state
-            wrong = here[_chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start) != here[:, 2]]
-            for row, answer in wrong[:, [0, 3]].tolist():
+            chosen = _chosen(model, out.hidden, here[:, 0], here[:, 1] - part.start)
+            for row, answer in here[chosen != here[:, 2]][:, [0, 3]].tolist():
                 marks.right[memory][row][answer] = False
+            for row in here[chosen == _NOTHING, 0].tolist():
+                marks.not_finite[memory][row] = True
             _score(model, samples, _Read(part, memory, before, out, new), tokenizer, marks.scores[memory])
     return marks
 
@@ -311,10 +323,11 @@ def _written_from_one_state(
 
 
 def _chosen(model: RecurrentModel, hidden: Tensor, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The likeliest next token at places of rows of hidden (B, T, D): (places,) int64."""
+    """The likeliest next token at places of rows of hidden (B, T, D), `_NOTHING` where none is: (places,) int64."""
     device = hidden.device
     at = hidden[torch.from_numpy(rows).to(device), torch.from_numpy(places).to(device)]  # (places, D)
-    return torch.cat([logits.argmax(-1) for _, logits in logits_in_pieces(model, at)]).cpu().numpy()
+    found = [logits.argmax(-1).where(logits.isfinite().all(-1), _NOTHING) for _, logits in logits_in_pieces(model, at)]
+    return torch.cat(found).cpu().numpy()
 
 
 def _background(material: Material) -> texts.Background:

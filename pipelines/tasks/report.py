@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
 from pipelines.tasks.curves import mark_end
 from pipelines.tasks.intervals import wilson_interval
-from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE, UNWRITTEN
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, NOT_FINITE, ORACLE, UNWRITTEN
 
 Line = Mapping[str, Any]
 
@@ -235,6 +235,11 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         )
     if any(line.get("needs_memory") is False for line in lines):
         notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
+    if any(line["metric"] == NOT_FINITE for line in lines):
+        notes.append(
+            "Not finite: at the answers of so many samples the model's values are no numbers, as where its state has "
+            "overflowed; they count as wrong."
+        )
     if any(line["metric"] == UNWRITTEN for line in lines):
         notes.append(
             "Unwritten: behind so many texts full attention has no room to write; marks of what is written are of the "

@@ -486,7 +486,8 @@ def test_where_there_is_no_telling_what_chance_gives_none_is_shown() -> None:
         answers = tuple(Answer(i + 1, np.zeros(1, np.int32), num) for i, num in enumerate(num_choices))
         marks = {memory: [np.ones(len(answers), dtype=bool)] * 2 for memory in MEMORIES}
         scores: dict[str, list[dict[str, float]]] = {memory: [{}] * 2 for memory in MEMORIES}
-        return questions.figures([Sample(lambda: iter(()), 9, answers)] * 2, questions.Marks(marks, scores))
+        finite = {memory: [False] * 2 for memory in MEMORIES}
+        return questions.figures([Sample(lambda: iter(()), 9, answers)] * 2, questions.Marks(marks, scores, finite))
 
     assert {figure.chance for figure in right(4, 2) if figure.metric == "accuracy"} == {0.375}
     lines = [line("file", 64, figure) for figure in right(4, float("inf"))]

@@ -547,6 +547,18 @@ def test_recall_gives_fractions_with_interval_and_chance(background: str) -> Non
         assert 0 <= figure.low <= figure.value <= figure.high <= 1
 
 
+def test_samples_whose_values_are_no_numbers_are_told_and_wrong() -> None:
+    model = byte_model(segment_len=50)
+    with torch.no_grad():
+        model.backbone.lm.get_input_embeddings().weight[BYTES.encode("#")] = float("nan")
+    figures = TASKS["detect"].measure(model, 120, material(background="noise"))
+    assert {figure.memory: figure.value for figure in figures if figure.metric == "accuracy"}["true"] == 0
+    told = {figure.memory: figure.value for figure in figures if figure.metric == "num_not_finite"}
+    assert told == {"true": 6, "shuffled": 6}  # a zeroed memory has not seen it
+    sound = TASKS["detect"].measure(byte_model(segment_len=50), 120, material(background="noise"))
+    assert not [figure for figure in sound if figure.metric == "num_not_finite"]
+
+
 def test_a_recalled_fact_ends_before_the_segment_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Sample] = []
 
@@ -555,6 +567,7 @@ def test_a_recalled_fact_ends_before_the_segment_of_the_answer(monkeypatch: pyte
         return Marks(
             {memory: [np.zeros(1, dtype=bool) for _ in batch] for memory in memories},
             {memory: [{} for _ in batch] for memory in memories},
+            {memory: [False for _ in batch] for memory in memories},
         )
 
     monkeypatch.setattr("pipelines.tasks.questions.batch_marks", marks)
