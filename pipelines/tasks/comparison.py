@@ -32,10 +32,10 @@ from pipelines.tasks.report import (
 )
 
 BY_SEGMENT = "loss_by_segment"
-SEGMENT_LEN = "segment_len"  # decides what is asked, too
-NOT_TOLD = "not told"  # the value of a setting that is missing
 _DECIDE = ("held_out", "background", "num_samples", "depths", "seed", "questions", "limit_segments")  # what is asked
 _DECIDE_COST = ("batch_size", "device")
+SEGMENT_LEN = "segment_len"  # decides what is asked, too, except of some tasks
+NOT_TOLD = "not told"  # the value of a setting that is missing
 _ALIKE_IN_ANY_SEGMENTS = frozenset(  # tasks whose texts do not depend on how long segments are
     ("memorise", "quadratic", "sorting", "fwe", "file", *(f"capacity_{num}" for num in COUNTS))
 )
@@ -299,7 +299,7 @@ def _points_by_segment(lines: Sequence[Line]) -> list[Point]:
 
 
 def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str, segment_len: int) -> dict[str, str]:
-    """The settings that these tasks read, in words; the segments too where they decide what is asked, or how much."""
+    """The settings that these tasks read, in words."""
     read = {"tokenizer"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
     if identity.get("background") == "noise" and "limit_segments" not in read:
         read.discard("held_out")  # nothing of it is asked or read
