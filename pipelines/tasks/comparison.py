@@ -32,8 +32,6 @@ from pipelines.tasks.report import (
 )
 
 BY_SEGMENT = "loss_by_segment"
-SEGMENT_LEN = "segment_len"  # decides what is asked, too
-NOT_TOLD = "not told"  # the value of a setting that is missing
 _DECIDE = (  # what is asked
     "questions_version",
     "held_out",
@@ -45,6 +43,8 @@ _DECIDE = (  # what is asked
     "limit_segments",
 )
 _DECIDE_COST = ("batch_size", "device")
+SEGMENT_LEN = "segment_len"  # decides what is asked, too, except of some tasks
+NOT_TOLD = "not told"  # the value of a setting that is missing
 _ALIKE_IN_ANY_SEGMENTS = frozenset(  # tasks whose texts do not depend on how long segments are
     ("memorise", "quadratic", "sorting", "fwe", "file", *(f"capacity_{num}" for num in COUNTS))
 )
@@ -308,7 +308,7 @@ def _points_by_segment(lines: Sequence[Line]) -> list[Point]:
 
 
 def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str, segment_len: int) -> dict[str, str]:
-    """The settings that these tasks read, in words; the segments too where they decide what is asked, or how much."""
+    """The settings that these tasks read, in words."""
     read = {"tokenizer", "questions_version"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
     if identity.get("background") == "noise" and "limit_segments" not in read:
         read.discard("held_out")  # nothing of it is asked or read
