@@ -255,6 +255,8 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     measuring = {name: _in_words(identity[name]) for name in _DECIDE_COST if name in identity}
     has_ablations = identity.get("attention") != "full" and identity.get("ablations", True)
     measuring["ablations"] = "measured too" if has_ablations else "left out"
+    if at_once := distinct((line for line in lines if "num_at_once" in line), "num_at_once"):
+        measuring["runs at once"] = ",".join(map(str, sorted(at_once)))
     ends = {task: min(line["length"] for line in unfit if line["task"] == task) for task in distinct(unfit, "task")}
     return Evaluation(name, uri.rstrip("/"), subject, asked, points, measuring, _costs(lines, subject), ends)
 

@@ -264,7 +264,7 @@ def test_costs_stand_beside_accuracy_to_where_texts_no_longer_fit(
         for i in (0, 2)
     ]
     end = {"task": "detect", "length": 4096, "metric": "does_not_fit", "value": 1e9, "reason": "too long", "seed": 0}
-    lines = [*answers({1024: 0.5}), end, *costs({1024: 80.0})]
+    lines = [*answers({1024: 0.5}), end, *({**line, "num_at_once": 2} for line in costs({1024: 80.0}))]
     about = {"memory": "full attention", "state_floats": 0, "floats_per_token": 64}
     full = evaluation(tmp_path / "full", lines, {"attention": "full"}, **about)
     found = run(["--results", *memories, full, "--output", str(tmp_path / "out"), "--trained-len", "384"], capsys)
@@ -277,6 +277,7 @@ def test_costs_stand_beside_accuracy_to_where_texts_no_longer_fit(
     assert row(beside, "detect: carried", "1,024") == ["1,024", "256.0000", "65,536"]
     text = Path(found["cost_table"]).read_text()
     assert "ablations is measured too in" in text
+    assert "runs at once is not told in" in text
     assert "three passes in place of one" in text
     assert Path(found["cost_plot"]).read_bytes().startswith(b"\x89PNG")
 
