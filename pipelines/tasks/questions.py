@@ -158,9 +158,8 @@ def figures(samples: Sequence[Sample], marks: Marks) -> list[Figure]:
     oracles = [sample.oracle for sample in samples if sample.oracle is not None]
     if oracles:
         found.append(_figure(ORACLE, None, oracles, None, None))
-    for memory, rows in marks.not_finite.items():
-        if any(rows):
-            found.append(Figure(NOT_FINITE, float(sum(rows)), memory))
+    if any(map(any, marks.not_finite.values())):
+        found += [Figure(NOT_FINITE, float(sum(rows)), memory) for memory, rows in marks.not_finite.items()]
     if num := sum(1 for sample, one in zip(samples, marks.scores[TRUE], strict=True) if sample.scorers and not one):
         found.append(Figure(UNWRITTEN, float(num)))
     return found

@@ -554,7 +554,7 @@ def test_samples_whose_values_are_no_numbers_are_told_and_wrong() -> None:
     figures = TASKS["detect"].measure(model, 120, material(background="noise"))
     assert {figure.memory: figure.value for figure in figures if figure.metric == "accuracy"}["true"] == 0
     told = {figure.memory: figure.value for figure in figures if figure.metric == "num_not_finite"}
-    assert told == {"true": 6, "shuffled": 6}  # a zeroed memory has not seen it
+    assert told == {"true": 6, "zeroed": 0, "shuffled": 6}  # a zeroed memory has not seen it
     sound = TASKS["detect"].measure(byte_model(segment_len=50), 120, material(background="noise"))
     assert not [figure for figure in sound if figure.metric == "num_not_finite"]
 
