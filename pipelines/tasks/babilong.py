@@ -9,9 +9,9 @@ letter.
 As published, facts stand between sentences: behind a token that ends one, where the prose has one before their place.
 A story that the wanted length does not hold is drawn again a few times, so that short texts hold short stories alone.
 
-Deviations of the strict mark: labels are found as words, where the published code finds them in words too, so that
-`none` names `one` and can never be right, and `know` names `no`; and a line's end ends the sentence that is marked, as
-the question behind a story is a line of its own (not for published files: `names_only` of `published_sentence`).
+Deviations of the strict mark: labels are whole words, where the published code finds them inside of others, so that
+`none` names `one` too and can never be right, and `know` names `no`; and a line's end ends the sentence that is marked,
+as the question behind a story is a line of its own (not for published files: `names_only` of `published_sentence`).
 """
 
 import dataclasses

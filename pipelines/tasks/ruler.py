@@ -121,8 +121,8 @@ def variable_tracking(scene: Scene, wanted: Wanted, generator: np.random.Generat
     value = str(generator.integers(10**4, 10**5))
     codes = generator.choice(26**5, NUM_HOPS + 1, replace=False)
     names = [_in_letters(code, 5).upper() for code in codes.tolist()]
-    given = [value, *(f"VAR {name}" for name in names)]
-    facts = [scene.encode(f"VAR {name} = {got}\n") for name, got in zip(names, given, strict=False)]
+    given = [value, *(f"VAR {name}" for name in names[:-1])]
+    facts = [scene.encode(f"VAR {name} = {got}\n") for name, got in zip(names, given, strict=True)]
     question = VT_QUESTION.format(value=value, num=len(names))
     asked = ask(scene, question, " " + " ".join(names), 26.0**25)
     sample = compose(in_hay(scene), wanted, facts, [asked], generator, between_blocks=True)
