@@ -14,6 +14,7 @@ _PLACED: dict[str, Maker] = {
     "join": mark.join("both"),
     "join_marked": mark.join("marked"),
     "join_leads": mark.join("leads"),
+    **{f"pairs_{num}": mark.pairs(num) for num in mark.COUNTS},
     "reason": facts.reason,
     **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
     "needle": needle.needle,

@@ -1,5 +1,7 @@
 """How many facts a memory holds against its size, from accuracies of the tasks capacity_1 to capacity_64.
 
+The same of the pairs of pairs_1 to pairs_64.
+
 Facts held are a step and no interpolation: the largest number of facts that was asked for of which at least 95 % of
 the answers are right. Where that is the largest number of all the model may hold more (`>= 8`), and where not even
 the smallest one that was asked for is held it may hold any fewer (`< 64`; of a single fact that is 0). An interval goes
@@ -20,7 +22,8 @@ from pipelines.tasks.report import Line, number, titled
 
 HELD_AT = 0.95  # accuracy
 
-_TASK = re.compile(r"capacity_(\d+)")
+_TASK = re.compile(r"(capacity|pairs)_(\d+)")
+_ASKED = {"capacity": "facts", "pairs": "pairs"}  # name of a task without its number -> what is held
 _PANEL_INCHES = (6.4, 4.6)
 
 
@@ -28,6 +31,7 @@ class Held(NamedTuple):
     """What one model holds at one length of texts."""
 
     curve: str  # a kind of memory, or a named group
+    what: str  # is held: facts, pairs
     length: int  # tokens
     state_floats: int
     num_facts: int  # 0: fewer than were asked for
@@ -60,23 +64,37 @@ def are_asked(groups: Sequence[Group]) -> bool:
 def facts_held(groups: Sequence[Group]) -> list[Held]:
     """Of every model at every length."""
     return [
-        Held(group.kind, length, one.subject.floats_at(length), *_held(one, length))
+        _held(group.kind, one, what, length)
         for group in groups
         for one in group.evaluations
-        for length in sorted({point.at for point in one.points if _TASK.fullmatch(point.panel)})
+        for what, length in sorted(_places(one))
     ]
 
 
-def _held(evaluation: Evaluation, length: int) -> tuple[int, int, int, int, int, tuple[int, ...]]:
-    """The facts held with their interval, the fewest and the most that were asked for, and how many samples."""
+def _places(evaluation: Evaluation) -> set[tuple[str, int]]:
+    """What was asked for, in texts of which lengths."""
+    return {(_ASKED[found[1]], point.at) for point in evaluation.points if (found := _TASK.fullmatch(point.panel))}
+
+
+def _held(curve: str, evaluation: Evaluation, what: str, length: int) -> Held:
     lines = {
-        int(found[1]): point.line
+        int(found[2]): point.line
         for point in evaluation.points
-        if (found := _TASK.fullmatch(point.panel)) and point.at == length and point.memory == TRUE
+        if (found := _TASK.fullmatch(point.panel))
+        and (_ASKED[found[1]], point.at, point.memory) == (what, length, TRUE)
     }
-    num, low, high = (_most_right(lines, name) for name in ("value", "low", "high"))
-    samples = tuple(sorted({line["num_samples"] for line in lines.values()}))
-    return num, low, high, min(lines), max(lines), samples
+    return Held(
+        curve,
+        what,
+        length,
+        evaluation.subject.floats_at(length),
+        num_facts=_most_right(lines, "value"),
+        low=_most_right(lines, "low"),
+        high=_most_right(lines, "high"),
+        least_asked=min(lines),
+        most_asked=max(lines),
+        num_samples=tuple(sorted({line["num_samples"] for line in lines.values()})),
+    )
 
 
 def _most_right(lines: Mapping[int, Line], name: str) -> int:
@@ -84,22 +102,28 @@ def _most_right(lines: Mapping[int, Line], name: str) -> int:
     return max((num for num, line in lines.items() if line[name] is not None and line[name] >= HELD_AT), default=0)
 
 
-def _by_curve(found: Sequence[Held], length: int) -> Iterator[tuple[str, dict[int, list[Held]]]]:
-    """Each curve at a length: what the models of each size hold."""
+def _by_curve(found: Sequence[Held]) -> Iterator[tuple[str, dict[int, list[Held]]]]:
+    """Each curve: what the models of each size hold."""
     for curve in dict.fromkeys(one.curve for one in found):
-        mine = [one for one in found if (one.curve, one.length) == (curve, length)]
+        mine = [one for one in found if one.curve == curve]
         floats = sorted({one.state_floats for one in mine})
         yield curve, {size: [one for one in mine if one.state_floats == size] for size in floats}
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """A row a curve and size, a column a length; every model's facts."""
+    """A table of facts and one of pairs: a row a curve and size, a column a length; what every model holds."""
     found = facts_held(groups)
+    return "\n".join(
+        _table(what, [one for one in found if one.what == what]) for what in sorted({one.what for one in found})
+    )
+
+
+def _table(what: str, found: Sequence[Held]) -> str:
     lengths = sorted({one.length for one in found})
     cells = {
         (curve, size, length): _cell(mine)
         for length in lengths
-        for curve, sizes in _by_curve(found, length)
+        for curve, sizes in _by_curve([one for one in found if one.length == length])
         for size, mine in sizes.items()
     }
     rows = [
@@ -113,10 +137,10 @@ def markdown(groups: Sequence[Group]) -> str:
     ]
     heads = ["memory", "state floats", "samples", *(f"{length:,} tokens" for length in lengths)]
     return (
-        f"{titled('facts held', heads, rows)}\n\nThe largest number of facts asked for of which at least {HELD_AT:.0%} "
-        "were right: a step, not interpolated; one number a model. `>=`: all that was asked for is held; `<`: not even "
-        "the fewest facts that were asked for are. In brackets: what is held by the ends of the 95 % intervals of the "
-        "accuracies, which are of so many samples.\n"
+        f"{titled(f'{what} held', heads, rows)}\n\nThe largest number of {what} asked for of which at least "
+        f"{HELD_AT:.0%} were right: a step, not interpolated; one number a model. `>=`: all that was asked for is "
+        f"held; `<`: not even the fewest {what} that were asked for are. In brackets: what is held by the ends of the "
+        "95 % intervals of the accuracies, which are of so many samples.\n"
     )
 
 
@@ -135,21 +159,22 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 def plot(groups: Sequence[Group]) -> bytes:
-    """A PNG, a panel a length: facts held against state floats, a curve a kind of memory or named group."""
+    """A PNG, a panel a length: facts or pairs held against state floats, a curve a kind of memory or named group."""
     found = facts_held(groups)
-    lengths = sorted({one.length for one in found})
-    drawing, cells = grid(len(lengths), _PANEL_INCHES)
-    for panel, length in zip(cells, lengths, strict=True):
-        _panel(panel, found, length)
+    places = sorted({(one.what, one.length) for one in found})
+    drawing, cells = grid(len(places), _PANEL_INCHES)
+    curves = list(dict.fromkeys(one.curve for one in found))
+    for panel, place in zip(cells, places, strict=True):
+        _panel(panel, [one for one in found if (one.what, one.length) == place], curves)
     return png(drawing)
 
 
-def _panel(panel: Axes, found: Sequence[Held], length: int) -> None:
-    here = [one for one in found if one.length == length]
+def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
+    """Of the models of one length; all curves of the picture, so that each looks the same in every panel."""
+    [(what, length)] = {(one.what, one.length) for one in here}
     ends = []
-    for index, (curve, sizes) in enumerate(_by_curve(found, length)):
-        if not sizes:
-            continue
+    for curve, sizes in _by_curve(here):
+        index = curves.index(curve)
         color = style(index)["color"]
         means = [_mean(mine) for mine in sizes.values()]
         panel.plot(list(sizes), means, **style(index))
@@ -158,7 +183,7 @@ def _panel(panel: Axes, found: Sequence[Held], length: int) -> None:
         for one in (one for mine in sizes.values() for one in mine):
             panel.vlines(one.state_floats, *interval(one), color=color, linewidth=1)
         ends.append(End(max(sizes), means[-1], curve, color))
-    floats = sorted({one.state_floats for one in found})
+    floats = sorted({one.state_floats for one in here})
     log_axis(panel, floats, [f"{size:,}" for size in floats], "state (floats)")
     most = max(one.most_asked for one in here)
     marks = [0, *(2**i for i in range(most.bit_length()))]
@@ -170,10 +195,10 @@ def _panel(panel: Axes, found: Sequence[Held], length: int) -> None:
     for asked, name in most_asked(here).items():
         panel.axhline(asked, color="grey", linestyle=":")
         panel.annotate(name, (floats[0], asked), (0, -10), textcoords="offset points", fontsize=8)
-    panel.set_ylabel(f"facts held (accuracy at least {HELD_AT:.0%})")
+    panel.set_ylabel(f"{what} held (accuracy at least {HELD_AT:.0%})")
     samples = _numbers(num for one in here for num in one.num_samples)
     panel.set_title(
-        f"facts held in texts of {length:,} tokens, by {samples} samples each:\n"
+        f"{what} held in texts of {length:,} tokens, by {samples} samples each:\n"
         "means, bands over models; lines: by 95 % intervals of accuracy",
         fontsize=9,
     )

@@ -1,10 +1,14 @@
-"""Letters behind marks, anywhere in a text, and asked for at its end: the smallest things to detect, join and remember.
+"""Letters behind marks, anywhere in a text, and asked for at its end: the smallest things to detect, join and look up.
 
 The "detect and memorise" and "reasoning" tasks of Bulatov et al. 2023 (arXiv:2304.11062, section 4) with facts of two
 or three symbols in place of sentences, so that facts, question and answer fit the shortest segments. With facts at
 depth 0 the first is "memorise".
+
+Pairs are multi-query associative recall, after Arora et al. 2023 (arXiv:2312.04927, section 4), with all queries at the
+end: many questions a text, from which looking up is learned soon that hardly ever is from one.
 """
 
+import string
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +18,8 @@ import numpy as np
 from pipelines.tasks.samples import Maker, Sample, Scene, Wanted, ask, compose
 
 LETTERS = "ABCDEFGHIJKLMNOP"
+KEYS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of pairs of a text
 MARK, LEADS, QUESTION = "#", "=", "?"
 
 
@@ -71,3 +77,21 @@ def _join(
     encoded = [scene.encode(texts[i]) for i in generator.permutation(len(texts))]
     asked = ask(scene, *question(facts, generator), len(LETTERS))
     return compose(scene, wanted, encoded, [asked], generator)
+
+
+def pairs(num_pairs: int) -> Maker:
+    """`num_pairs` times `=KV` with different K in the text, and every `=K` at its end, in any order: V must follow.
+
+    K is one of 64 symbols, V one of 16 letters. 64 pairs and their questions are 384 bytes.
+    """
+    if not 1 <= num_pairs <= len(KEYS):
+        raise ValueError(f"{num_pairs} pairs; there are keys for 1 to {len(KEYS)}")
+    return partial(_pairs, num_pairs)
+
+
+def _pairs(num_pairs: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    keys = [LEADS + KEYS[i] for i in generator.choice(len(KEYS), num_pairs, replace=False)]
+    values = [LETTERS[i] for i in generator.integers(len(LETTERS), size=num_pairs)]
+    facts = [scene.encode(key + value) for key, value in zip(keys, values, strict=True)]
+    asked = [ask(scene, keys[i], values[i], len(LETTERS)) for i in generator.permutation(num_pairs)]
+    return compose(scene, wanted, facts, asked, generator)

@@ -338,9 +338,11 @@ def test_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.Captur
     assert len(list((tmp_path / "one").iterdir())) == 2
 
 
-def facts_held(folder: Path, values: dict[int, float], *, floats: int = 256, **ends: float) -> str:
+def facts_held(
+    folder: Path, values: dict[int, float], *, floats: int = 256, task: str = "capacity", **ends: float
+) -> str:
     """The evaluation of a model that has so many answers right of so many facts."""
-    lines = [{**line, **ends} for k, value in values.items() for line in answers({1024: value}, f"capacity_{k}")]
+    lines = [{**line, **ends} for k, value in values.items() for line in answers({1024: value}, f"{task}_{k}")]
     return evaluation(folder, lines, state_floats=floats, memory=f"rmt (num_tokens {floats // 64})")
 
 
@@ -365,6 +367,18 @@ def test_facts_held_are_the_most_that_are_right_at_95_percent(
     assert "| all | 512 | 16 | 4 [0, >= 8] (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
     plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))
     assert "capacity_table" not in run(["--results", plain, "--output", str(tmp_path / "plain-out")], capsys)
+
+
+def test_pairs_held_are_a_table_and_a_panel_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = facts_held(tmp_path / "a", {1: 1.0, 2: 0.5})
+    pairs = [facts_held(tmp_path / name, {4: 1.0, 8: 0.5}, task="pairs") for name in "bc"]
+    found = run(["--results", facts, *pairs, "--output", str(tmp_path / "out")], capsys)
+    first, second = Path(found["capacity_table"]).read_text().split("### pairs held\n")
+    assert first.startswith("### facts held\n")
+    assert "| rmt | 256 | 16 | 1 [0, >= 2] (mean 1.0000) |" in first
+    assert "| rmt | 256 | 16 | 4 [< 4, >= 8], 4 [< 4, >= 8] (mean 4.0000) |" in second
+    held = capacity.facts_held(comparison.read_groups([facts, *pairs], "accuracy"))
+    assert [(one.what, one.num_facts) for one in held] == [("facts", 1), ("pairs", 4), ("pairs", 4)]
 
 
 def test_facts_held_are_a_bound_where_more_or_fewer_were_not_asked_for(tmp_path: Path) -> None:

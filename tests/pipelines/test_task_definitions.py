@@ -77,7 +77,16 @@ def test_facts_stand_first_anywhere_or_at_the_depth() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [facts.reason, facts.capacity(4), needle.needle, needle.passkey, recall.detect, mark.detect, mark.join("both")],
+    [
+        facts.reason,
+        facts.capacity(4),
+        needle.needle,
+        needle.passkey,
+        recall.detect,
+        mark.detect,
+        mark.join("both"),
+        mark.pairs(4),
+    ],
 )
 @pytest.mark.parametrize("depth", [None, 0.0, 1.0])
 @pytest.mark.parametrize("length", LENGTHS)
@@ -86,7 +95,7 @@ def test_facts_end_before_the_segment_of_the_answer(make: Maker, depth: float | 
     assert sample.needs_memory
     start = (sample.answers[0].at - 1) // SEGMENT_LEN * SEGMENT_LEN
     rest = BYTES.decode(texts.whole(sample.stream)[start : sample.answers[0].at])
-    assert not re.search(r"opens [A-P]|is [A-P]\.|\d: [A-P]|is: \d|key is \d|#|=", rest)
+    assert not re.search(r"opens [A-P]|is [A-P]\.|\d: [A-P]|is: \d|key is \d|#|=.[A-P]", rest)
 
 
 @pytest.mark.parametrize("make", [ruler.frequent_words, symbols.sorting])
@@ -132,6 +141,21 @@ def test_either_letter_is_asked_for_where_one_leads_to_another() -> None:
         [marked] = re.findall(r"#([A-P])", text)
         asked.add(text[-1] == marked)
     assert asked == {True, False}
+
+
+@pytest.mark.parametrize("num", mark.COUNTS)
+def test_every_key_of_pairs_is_asked_for_in_another_order(num: int) -> None:
+    sample = draw(mark.pairs(num), 4000, num)
+    text = BYTES.decode(texts.whole(sample.stream))
+    told = re.findall("=(.)([A-P])", text[: -3 * num])
+    assert len(dict(told)) == num == len(sample.answers)
+    asked = re.findall("=(.)([A-P])", text[-3 * num :])
+    assert dict(asked) == dict(told)
+    assert num < 4 or asked != told
+    assert text.count("=") == 2 * num
+    assert [BYTES.decode(answer.tokens) for answer in sample.answers] == [value for _, value in asked]
+    with pytest.raises(TooShortError, match=str(6 * num)):
+        draw(mark.pairs(num), 6 * num - 1)
 
 
 @pytest.mark.parametrize("num", facts.COUNTS)
