@@ -82,7 +82,8 @@ def _join(
 def pairs(num_pairs: int) -> Maker:
     """`num_pairs` times `=KV` with different K in the text, and every `=K` at its end, in any order: V must follow.
 
-    K is one of 64 symbols, V one of 16 letters. 64 pairs and their questions are 384 bytes.
+    V is one of 16 letters, K too where there are at most 16 pairs, else one of as many symbols as there are pairs. 64
+    pairs and their questions are 384 bytes.
     """
     if not 1 <= num_pairs <= len(KEYS):
         raise ValueError(f"{num_pairs} pairs; there are keys for 1 to {len(KEYS)}")
@@ -90,7 +91,8 @@ def pairs(num_pairs: int) -> Maker:
 
 
 def _pairs(num_pairs: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
-    keys = [LEADS + KEYS[i] for i in generator.choice(len(KEYS), num_pairs, replace=False)]
+    num_keys = max(num_pairs, len(LETTERS))
+    keys = [LEADS + KEYS[i] for i in generator.choice(num_keys, num_pairs, replace=False)]
     values = [LETTERS[i] for i in generator.integers(len(LETTERS), size=num_pairs)]
     facts = [scene.encode(key + value) for key, value in zip(keys, values, strict=True)]
     asked = [ask(scene, keys[i], values[i], len(LETTERS)) for i in generator.permutation(num_pairs)]
