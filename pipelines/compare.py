@@ -4,8 +4,9 @@
     python pipelines/compare.py --results noise=runs/a,runs/b base=runs/c,runs/d --metric accuracy --output DIR
 
 A group of models is shown as their mean, with a band from the lowest to the highest. Groups are named on the command
-line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal. Writes
-comparison.md and comparison.png; cost.md and cost.png: time and memory beside the metric; of two groups with equally
+line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal.
+Directories of one model that was asked alike are one evaluation, of all their tasks and lengths. Writes comparison.md
+and comparison.png; cost.md and cost.png: time and memory beside the metric; of two groups with equally
 many models the paired difference too; and of the tasks capacity_1 to capacity_64 capacity.md and capacity.png: facts
 held against the size of the state. An earlier comparison in the same directory is replaced.
 """

@@ -3,6 +3,7 @@
 A seed that failed is a line of the table and a dot of the plot like any other.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -77,19 +78,26 @@ class Cost(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What evaluate has left of one model: its figures of one metric; several seeds of questions are one."""
+    """What evaluate has left of one model, in one directory or more: its figures of one metric; several seeds of
+    questions are one.
+    """
 
-    name: str  # of its directory
-    uri: str
+    name: str  # of its directory, or of all of them
+    uri: str  # of the first one
     subject: Subject
     questions: dict[str, str]  # the settings that decide what was asked, in words and in full
     points: list[Point]
-    measuring: dict[str, str]  # the settings that decide what it cost, in words
+    measuring: dict[str, dict[str, str]]  # URI -> the settings that decide what it cost, in words; none without costs
     costs: list[Cost]
     ends: dict[str, int]  # task -> the length at which texts no longer fit
 
     def point(self, panel: str, at: int, memory: str | None) -> Point | None:
         return next((point for point in self.points if point[:3] == (panel, at, memory)), None)
+
+    @property
+    def measured(self) -> set[tuple[str, int]]:
+        """What was measured, at which places, and where texts no longer fit."""
+        return {(point.panel, point.at) for point in self.points} | set(self.ends.items())
 
 
 class Group(NamedTuple):
@@ -146,11 +154,12 @@ def read_groups(results: Sequence[str], metric: str) -> list[Group]:
     uris = [*plain, *(uri for mine in named.values() for uri in mine)]
     if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
         raise InputError(f"--results names {twice} twice")
-    groups = [Group(name, name, name, [read_evaluation(uri, metric) for uri in mine]) for name, mine in named.items()]
+    read = functools.partial(read_evaluation, metric=metric)
+    groups = [Group(name, name, name, _by_model(map(read, mine))) for name, mine in named.items()]
     for group in groups:
         if unlike := differences_of_questions(group.evaluations):
             raise InputError(f"--results {group.name}: not the same questions: {unlike}; make groups of them")
-    groups += _alike([read_evaluation(uri, metric) for uri in plain], named)
+    groups += _alike(_by_model(map(read, plain)), named)
     if not panels(groups):
         raise InputError(f"--results: no text fits, so that there is no {metric} to compare")
     segment_lens = {one.subject.segment_len for group in groups for one in group.evaluations}
@@ -158,6 +167,45 @@ def read_groups(results: Sequence[str], metric: str) -> list[Group]:
         shown = " and ".join(map(str, sorted(segment_lens)))
         raise InputError(f"--metric {BY_SEGMENT}: segments of {shown} tokens cannot be put side by side")
     return groups
+
+
+def _by_model(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Those of one model that was asked alike as one, with what was measured in any. InputError where that is twice."""
+    found: list[list[Evaluation]] = []
+    for one in evaluations:
+        mine = next((parts for parts in found if all(_are_one_model(part, one) for part in parts)), [])
+        if not mine:
+            found.append(mine)
+        for part in mine:
+            if twice := part.measured & one.measured:
+                panel, at = min(twice)
+                raise InputError(
+                    f"--results: {part.uri} and {one.uri} are of one model, with {panel} at {at:,} in both; "
+                    "give one of them, or each as a named group"
+                )
+        mine.append(one)
+    return [_together(parts) for parts in found]
+
+
+def _are_one_model(one: Evaluation, other: Evaluation) -> bool:
+    """Whether the same model, read the same way, was asked alike as far as both say."""
+    if (one.subject.fingerprint, described(one.subject)) != (other.subject.fingerprint, described(other.subject)):
+        return False
+    return all(one.questions[name] == other.questions[name] for name in one.questions.keys() & other.questions.keys())
+
+
+def _together(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one model as one."""
+    return parts[0]._replace(
+        name=" + ".join(dict.fromkeys(part.name for part in parts)),
+        questions={name: value for part in parts for name, value in part.questions.items()},
+        points=[point for part in parts for point in part.points],
+        measuring={uri: told for part in parts for uri, told in part.measuring.items()},
+        costs=[cost for part in parts for cost in part.costs],
+        ends={
+            task: min(part.ends[task] for part in parts if task in part.ends) for part in parts for task in part.ends
+        },
+    )
 
 
 def _alike(evaluations: Sequence[Evaluation], taken: Collection[str]) -> list[Group]:
@@ -200,7 +248,11 @@ def differences_of_questions(evaluations: Sequence[Evaluation]) -> str:
 
 def differences_of_measuring(evaluations: Sequence[Evaluation]) -> str:
     """The same of what decides costs."""
-    return _unlike(_by_setting([one._replace(questions=one.measuring) for one in evaluations if one.costs]))
+    return _unlike(
+        _by_setting(
+            [one._replace(uri=uri, questions=told) for one in evaluations for uri, told in one.measuring.items()]
+        )
+    )
 
 
 def _unlike(settings: Mapping[str, Mapping[str, Sequence[Evaluation]]]) -> str:
@@ -248,7 +300,7 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     points = _points_by_segment(found) if metric == BY_SEGMENT else [
         Point(line["task"], line["length"], line.get("memory"), line) for line in found
     ]  # fmt: skip
-    name = uri.rstrip("/").rpartition("/")[2]
+    uri = uri.rstrip("/")
     identity = content.get("identity", {})
     subject = Subject(**content["model"])
     asked = _questions(identity, distinct([*found, *unfit], "task"), metric, subject.segment_len)
@@ -258,7 +310,9 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     if at_once := distinct((line for line in lines if "num_at_once" in line), "num_at_once"):
         measuring["runs at once"] = ",".join(map(str, sorted(at_once)))
     ends = {task: min(line["length"] for line in unfit if line["task"] == task) for task in distinct(unfit, "task")}
-    return Evaluation(name, uri.rstrip("/"), subject, asked, points, measuring, _costs(lines, subject), ends)
+    costs = _costs(lines, subject)
+    name = uri.rpartition("/")[2]
+    return Evaluation(name, uri, subject, asked, points, {uri: measuring} if costs else {}, costs, ends)
 
 
 def _left_by_evaluate(uri: str) -> tuple[dict[str, Any], list[Line]]:

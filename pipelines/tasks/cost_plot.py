@@ -53,7 +53,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     notes = []
     if unlike := differences_of_measuring(evaluations):
         notes.append(f"**Not measured alike**: {unlike}.")
-    if any(one.measuring["ablations"] == "measured too" for one in evaluations):
+    if any(told["ablations"] == "measured too" for one in evaluations for told in one.measuring.values()):
         notes.append(
             "Seconds where ablations were measured hold theirs: three passes in place of one over every segment of "
             "perplexity, elsewhere over the segments in which something is asked."

@@ -1,9 +1,11 @@
 """Evaluations side by side: every model is shown, and only what was asked the same is pooled."""
 
+import hashlib
 import itertools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,9 @@ def losses(length: int, values: list[float]) -> list[dict[str, Any]]:
 
 
 def evaluation(folder: Path, lines: list[dict[str, Any]], asked: dict[str, Any] | None = None, **about: Any) -> str:
-    """What evaluate leaves of a model: these lines and a loss."""
-    subject = Subject("model", "f" * 64, "rmt", 24, 256, "a book", "0", 1000)._replace(**about)
+    """What evaluate leaves of a model of its own: these lines and a loss."""
+    fingerprint = hashlib.sha256(str(folder).encode()).hexdigest()
+    subject = Subject("model", fingerprint, "rmt", 24, 256, "a book", "0", 1000)._replace(**about)
     loss = {"task": "perplexity", "length": 24, "metric": "loss", "memory": "true", "value": 3.0, "seed": 0}
     folder.mkdir(parents=True)
     content = {"format": FORMAT, "model": subject._asdict(), "identity": {**ASKED, **(asked or {})}}
@@ -49,9 +52,9 @@ def evaluation(folder: Path, lines: list[dict[str, Any]], asked: dict[str, Any] 
     return str(folder)
 
 
-def costs(values: dict[int, float]) -> list[dict[str, Any]]:
-    """Of 8 texts of detect, by length: seconds of all, and as many megabytes."""
-    line = {"task": "detect", "num_texts": 8, "seed": 0}
+def costs(values: dict[int, float], task: str = "detect") -> list[dict[str, Any]]:
+    """Of 8 texts, by length: seconds of all, and as many megabytes."""
+    line = {"task": task, "num_texts": 8, "seed": 0}
     return [
         {**line, "length": length, "metric": metric, "value": value * by}
         for length, value in values.items()
@@ -87,6 +90,40 @@ def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, caps
     assert cells[3].startswith("0.2500 [")
     assert cells[4:] == ["0.6250", "0.0625", "0.1250", "0.0625"]
     assert Path(found["plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_model_in_several_directories_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_model = {"fingerprint": "f" * 64}
+    few = evaluation(tmp_path / "few", answers({64: 1.0}, "capacity_1") + costs({64: 8.0}, "capacity_1"), **one_model)
+    lines = [*answers({64: 1.0}, "capacity_8"), *answers({256: 0.5}, "capacity_1"), *costs({256: 16.0}, "capacity_1")]
+    many = evaluation(tmp_path / "many", lines, {"batch_size": 4}, **one_model)
+    sorted_ = evaluation(tmp_path / "sorting", answers({64: 0.5}, "sorting"), {"background": "prose"}, **one_model)
+    found = run(["--results", few, many, sorted_, "--output", str(tmp_path / "out")], capsys)
+    assert found["models"] == {RMT_FLOATS: ["few + many + sorting"]}
+    held = capacity.facts_held(comparison.read_groups([few, many], "accuracy"))
+    assert [one.in_words for one in held if one.length == 64] == [">= 8 [0, >= 8]"]
+    beside = {"table": found["cost_table"]}
+    assert row(beside, "capacity 1: time a text", "64") == ["64", "1.0000"]
+    assert row(beside, "capacity 1: time a text", "256") == ["256", "2.0000"]
+    assert (
+        f"batch_size is not told in {tmp_path.name}/few and 4 in {tmp_path.name}/many"
+        in Path(found["cost_table"]).read_text()
+    )
+    named = run(["--results", f"mine={few},{many}", "--output", str(tmp_path / "out")], capsys)
+    assert named["models"] == {"mine": ["few + many"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "about"),
+    [({"num_samples": 8}, {}), ({"seed": 1}, {}), ({}, {"memory": "full attention"}), ({}, {"segment_len": 48})],
+)
+def test_one_model_asked_or_read_otherwise_stays_apart(
+    asked: dict[str, Any], about: dict[str, Any], tmp_path: Path
+) -> None:
+    one = evaluation(tmp_path / "one", answers({64: 1.0}), fingerprint="f" * 64)
+    other = evaluation(tmp_path / "other", answers({64: 1.0}), asked, fingerprint="f" * 64, **about)
+    groups = comparison.read_groups([one, other], "accuracy")
+    assert [one.name for group in groups for one in group.evaluations] == ["one", "other"]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +345,8 @@ def test_a_model_that_diverged_is_shown_as_it_is(tmp_path: Path, capsys: pytest.
         (["a={root}/one", "{root}/one"], "names"),
         (["a={root}/one", "a={root}/more"], "give each group once"),
         (["a="], "give each group once, with its directories"),
+        (["{root}/one", "{root}/copy"], "/{name}/one and {root}/copy are of one model, with detect at 1,024 in both"),
+        (["a={root}/one,{root}/copy"], "/{name}/one and {root}/copy are of one model, with detect at 1,024 in both"),
         (["a={root}/one,{root}/more"], "num_samples is 16 in {name}/one and 8 in {name}/more"),
         (["{root}/no"], "has no accuracy; it has loss"),
         (["{root}/one", "--metric", "accuracy_at_depth"], "heat map"),
@@ -319,6 +358,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     results: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation(tmp_path / "one", [*answers({1024: 1.0}), *losses(48, [1.0, 2.0])])
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
     evaluation(tmp_path / "more", answers({1024: 1.0}), {"num_samples": 8})
     evaluation(tmp_path / "no", [])
     evaluation(tmp_path / "long", losses(96, [1.0, 2.0]), segment_len=48)
@@ -327,7 +367,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     words = [word.format(root=tmp_path) for word in results]
     assert compare.main(["--results", *words, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says.format(name=tmp_path.name) in line
+    assert says.format(name=tmp_path.name, root=tmp_path) in line
     assert not (tmp_path / "out").exists()
 
 
