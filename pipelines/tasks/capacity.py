@@ -17,7 +17,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from pipelines.tasks.base import TRUE
 from pipelines.tasks.comparison import Evaluation, Group, panels
-from pipelines.tasks.curves import End, grid, log_axis, name_ends, png, style
+from pipelines.tasks.curves import End, grid, log_axis, moved, name_ends, place_of, png, sideways, style
+from pipelines.tasks.intervals import least_to_reach
 from pipelines.tasks.report import Line, number, titled
 
 HELD_AT = 0.95  # accuracy
@@ -25,6 +26,9 @@ HELD_AT = 0.95  # accuracy
 _TASK = re.compile(r"(capacity|pairs)_(\d+)")
 _ASKED = {"capacity": "facts", "pairs": "pairs"}  # name of a task without its number -> what is held
 _PANEL_INCHES = (6.4, 4.6)
+_BESIDE_POINTS = 36.0  # for all curves side by side at one size of the state
+_GAP_POINTS = 7.0  # between two of them, at most
+_MODEL_POINTS = 1.5  # between two models of a curve
 
 
 class Held(NamedTuple):
@@ -133,14 +137,21 @@ def _table(what: str, found: Sequence[Held]) -> str:
             _numbers(num for one in found if (one.curve, one.state_floats) == (curve, size) for num in one.num_samples),
             *(cells.get((curve, size, length), "-") for length in lengths),
         ]
-        for curve, size in dict.fromkeys((one.curve, one.state_floats) for one in found)
+        for curve, sizes in _by_curve(found)
+        for size in sizes
     ]
     heads = ["memory", "state floats", "samples", *(f"{length:,} tokens" for length in lengths)]
+    least = least_to_reach(HELD_AT)
+    too_few = (
+        f" With fewer than {least} samples that is nothing by the lower ends, even where all answers are right."
+        if any(num < least for one in found for num in one.num_samples)
+        else ""
+    )
     return (
         f"{titled(f'{what} held', heads, rows)}\n\nThe largest number of {what} asked for of which at least "
         f"{HELD_AT:.0%} were right: a step, not interpolated; one number a model. `>=`: all that was asked for is "
         f"held; `<`: not even the fewest {what} that were asked for are. In brackets: what is held by the ends of the "
-        "95 % intervals of the accuracies, which are of so many samples.\n"
+        f"95 % intervals of the accuracies, which are of so many samples.{too_few}\n"
     )
 
 
@@ -176,13 +187,16 @@ def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
     for curve, sizes in _by_curve(here):
         index = curves.index(curve)
         color = style(index)["color"]
+        beside = moved(panel, sideways(index, len(curves), min(_GAP_POINTS, _BESIDE_POINTS / len(curves))))
         means = [_mean(mine) for mine in sizes.values()]
-        panel.plot(list(sizes), means, **style(index))
+        panel.plot(list(sizes), means, transform=beside, **style(index))
         low, high = ([least(one.num_facts for one in mine) for mine in sizes.values()] for least in (min, max))
-        panel.fill_between(list(sizes), low, high, color=color, alpha=0.15, linewidth=0)
-        for one in (one for mine in sizes.values() for one in mine):
-            panel.vlines(one.state_floats, *interval(one), color=color, linewidth=1)
-        ends.append(End(max(sizes), means[-1], curve, color))
+        panel.fill_between(list(sizes), low, high, color=color, alpha=0.15, linewidth=0, transform=beside)
+        for size, mine in sizes.items():
+            for i, one in enumerate(mine):
+                apart = moved(panel, sideways(i, len(mine), _MODEL_POINTS), beside)
+                panel.vlines(size, *interval(one), color=color, linewidth=1, transform=apart)
+        ends.append((beside, End(max(sizes), means[-1], curve, color)))
     floats = sorted({one.state_floats for one in here})
     log_axis(panel, floats, [f"{size:,}" for size in floats], "state (floats)")
     most = max(one.most_asked for one in here)
@@ -199,11 +213,12 @@ def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
     samples = _numbers(num for one in here for num in one.num_samples)
     panel.set_title(
         f"{what} held in texts of {length:,} tokens, by {samples} samples each:\n"
-        "means, bands over models; lines: by 95 % intervals of accuracy",
+        "means, bands over models; lines: by 95 % intervals of accuracy"
+        + ("; curves side by side" if len(curves) > 1 else ""),
         fontsize=9,
     )
     panel.grid(alpha=0.3)
-    name_ends(panel, ends)
+    name_ends(panel, [end._replace(x=place_of(panel, beside, end)) for beside, end in ends])
 
 
 def interval(one: Held) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 
 _MARKERS = "osD^vPX*<>h"  # eleven and five have no common divisor: 55 curves before one comes again
 _LINES: tuple[Any, ...] = ("-", (0, (6, 2)), "-.", (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
@@ -18,6 +19,8 @@ _LEAST_GAP = 0.055  # between names, of a panel's height
 _COLUMNS = 3  # of panels
 _LEGEND_LINE_INCHES = 0.2
 _LEGEND_LETTERS_PER_INCH = 13
+_LETTER_INCHES = 0.1  # of a name on an axis, with some room between names
+_SLANTED_INCHES = 0.22  # along the axis
 
 
 class End(NamedTuple):
@@ -125,8 +128,26 @@ def png(drawing: Drawing) -> bytes:
     return out.getvalue()
 
 
+def sideways(number: int, num: int, gap: float) -> float:
+    """How far the one with this number stands right of the middle of `num` that are `gap` apart."""
+    return (number - (num - 1) / 2) * gap
+
+
+def moved(panel: Axes, points: float, places: Transform | None = None) -> Transform:
+    """The transform that draws so many points right of the panel's own places, or of these."""
+    drawing = panel.get_figure(root=True)
+    assert drawing is not None
+    return (places or panel.transData) + ScaledTranslation(points / 72, 0, drawing.dpi_scale_trans)
+
+
+def place_of(panel: Axes, drawn: Transform, end: End) -> float:
+    """Where on the panel's axis an end stands that is drawn so; call it when the axes have their limits."""
+    return float((drawn + panel.transData.inverted()).transform((end.x, end.y))[0])
+
+
 def log_axis(panel: Axes, places: Sequence[int], names: Sequence[str], label: str) -> None:
-    """A logarithmic axis with these places, in order, marked; those that are close to one another get slanted names.
+    """A logarithmic axis with these places, in order, marked; where their names would touch they are slanted, and those
+    that would still are left out.
 
     A place 0 stands left of the others.
     """
@@ -137,7 +158,30 @@ def log_axis(panel: Axes, places: Sequence[int], names: Sequence[str], label: st
         panel.set_xscale("symlog", base=2, linthresh=least)
     panel.xaxis.set_major_locator(FixedLocator(places))
     panel.xaxis.set_minor_locator(NullLocator())
-    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(places) > 8 else {}
-    panel.set_xticklabels(names, **slanted)
     panel.set_xlim(places[0] / 1.4 if places[0] else -0.4 * least, max(places[-1], least) * 1.4)
+    inches = [_inches(panel, place) for place in places]
+    if _fitting(inches, [len(name) * _LETTER_INCHES for name in names]) == set(range(len(names))):
+        panel.set_xticklabels(names)
+    else:
+        shown = _fitting(inches, [_SLANTED_INCHES] * len(names))
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        panel.set_xticklabels([name if i in shown else "" for i, name in enumerate(names)], **slanted)
     panel.set_xlabel(label)
+
+
+def _inches(panel: Axes, place: float) -> float:
+    """Along the axis of places."""
+    drawing = panel.get_figure(root=True)
+    assert drawing is not None
+    return float(panel.transData.transform((place, 1))[0] / drawing.dpi)
+
+
+def _fitting(at: Sequence[float], widths: Sequence[float]) -> set[int]:
+    """Which of these names, in order, touch none before them; the last one is among them."""
+    shown: list[int] = []
+    for i in range(len(at)):
+        while i == len(at) - 1 and shown and at[i] - at[shown[-1]] < (widths[i] + widths[shown[-1]]) / 2:
+            shown.pop()
+        if not shown or at[i] - at[shown[-1]] >= (widths[i] + widths[shown[-1]]) / 2:
+            shown.append(i)
+    return set(shown)

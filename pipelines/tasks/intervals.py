@@ -1,5 +1,6 @@
 """95 % confidence intervals: of proportions, of means, and of ratios of sums."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,6 +41,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
         return mean, None, None
     half = _half(sum((value - mean) ** 2 for value in values), num)
     return mean, mean - half, mean + half
+
+
+def least_to_reach(share: float) -> int:
+    """The fewest samples of which, all of them right, the interval begins at this share or above it."""
+    return next(num for num in itertools.count(1) if wilson_interval(num, num).low >= share)
 
 
 class Ratios:

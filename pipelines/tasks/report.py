@@ -14,10 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
-from pipelines.tasks.curves import mark_end
+from pipelines.tasks.curves import log_axis, mark_end
 from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.questions import ACCURACY, AT_DEPTH, NOT_FINITE, ORACLE, UNWRITTEN
 
@@ -445,9 +444,4 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
 
 def length_axis(panel: Axes, lengths: Sequence[int]) -> None:
     """A logarithmic axis with the lengths, in order, marked."""
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_locator(FixedLocator(lengths))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xticklabels([short_length(length) for length in lengths])
-    panel.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
-    panel.set_xlabel("text length (tokens)")
+    log_axis(panel, lengths, [short_length(length) for length in lengths], "text length (tokens)")

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from pipelines import compare, storage
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, capacity, comparison, comparison_plot, curves, texts
-from pipelines.tasks.intervals import t_interval
+from pipelines.tasks import TASKS, capacity, comparison, comparison_plot, curves, intervals, texts
 from pipelines.tasks.questions import QuestionTask
 from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject
 from pipelines.tasks.samples import Scene, Wanted
@@ -238,11 +239,11 @@ def test_two_groups_are_named_and_their_paired_difference_has_an_interval(
 
 
 def test_the_t_interval_is_that_of_the_tables() -> None:
-    assert t_interval([0.25]) == (0.25, None, None)
-    mean, low, high = t_interval([1.0, 3.0])
+    assert intervals.t_interval([0.25]) == (0.25, None, None)
+    mean, low, high = intervals.t_interval([1.0, 3.0])
     assert (mean, low, high) == pytest.approx((2.0, 2 - 12.706, 2 + 12.706), rel=1e-4)
     many = [float(i % 2) for i in range(100)]
-    assert t_interval(many)[2] == pytest.approx(0.5 + 2.042 * 0.5025 / 10, abs=1e-3)
+    assert intervals.t_interval(many)[2] == pytest.approx(0.5 + 2.042 * 0.5025 / 10, abs=1e-3)
 
 
 def test_any_metric_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +282,17 @@ def test_a_place_0_is_left_of_the_others_on_a_logarithmic_axis() -> None:
     at = [panel.transData.transform((place, 0))[0] for place in (0, 256, 512)]
     inside = panel.get_window_extent()
     assert inside.x0 < at[0] < at[1] < at[2] < inside.x1
+
+
+def test_names_that_would_touch_on_an_axis_are_slanted_or_left_out() -> None:
+    def shown(places: list[int]) -> list[tuple[str, float]]:
+        _, [panel] = curves.grid(1, (6, 4))
+        curves.log_axis(panel, places, [f"{place:,}" for place in places], "state")
+        return [(name.get_text(), name.get_rotation()) for name in panel.get_xticklabels()]
+
+    assert shown([256, 1024, 4096]) == [("256", 0), ("1,024", 0), ("4,096", 0)]
+    assert shown([256, 1024, 1280, 4096]) == [("256", 45), ("1,024", 45), ("1,280", 45), ("4,096", 45)]
+    assert [name for name, _ in shown([256, 1024, 1025, 4095, 4096])] == ["256", "1,024", "", "", "4,096"]
 
 
 def test_names_of_curves_are_kept_apart_and_beside_the_panel() -> None:
@@ -407,6 +419,33 @@ def test_facts_held_are_the_most_that_are_right_at_95_percent(
     assert "| all | 512 | 16 | 4 [0, >= 8] (mean 4.0000) |" in Path(named["capacity_table"]).read_text()
     plain = evaluation(tmp_path / "plain", answers({1024: 1.0}))
     assert "capacity_table" not in run(["--results", plain, "--output", str(tmp_path / "plain-out")], capsys)
+
+
+def test_that_samples_are_too_few_for_a_lower_end_is_told(tmp_path: Path) -> None:
+    groups = [
+        comparison.read_groups([facts_held(tmp_path / str(num), {1: 1.0}, num_samples=num)], "accuracy")
+        for num in (72, 73)
+    ]
+    few, enough = map(capacity.markdown, groups)
+    assert "With fewer than 73 samples that is nothing by the lower ends" in few
+    assert "fewer than" not in enough
+    assert intervals.wilson_interval(72, 72).low < capacity.HELD_AT <= intervals.wilson_interval(73, 73).low
+
+
+def test_intervals_of_equal_sizes_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [
+        facts_held(tmp_path / f"{name}-{size}", {1: 1.0, 2: 0.5}, floats=size) for size in (512, 256) for name in "abc"
+    ]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(capacity, "png", lambda drawing: drawn.append(drawing) or b"")
+    named = [f"{name}={uris[i]},{uris[i + 3]}" for i, name in enumerate("ab")]
+    groups = comparison.read_groups([*named, uris[2]], "accuracy")
+    capacity.plot(groups)
+    lines = [one for one in drawn[0].axes[0].collections if isinstance(one, LineCollection)]
+    at = [float(one.get_transform().transform(one.get_segments()[0][0])[0]) for one in lines]
+    assert len({round(x) for x in at}) == len(at) == 5
+    rows = [line.split(" | ")[:2] for line in capacity.markdown(groups).splitlines() if "[" in line and "|" in line]
+    assert rows == [["| a", "256"], ["| a", "512"], ["| b", "256"], ["| b", "512"], ["| rmt", "512"]]
 
 
 def test_pairs_held_are_a_table_and_a_panel_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
