@@ -17,9 +17,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from pipelines.tasks.base import TRUE
 from pipelines.tasks.comparison import Evaluation, Group, panels
-from pipelines.tasks.curves import End, grid, log_axis, moved, name_ends, place_of, png, sideways, style
+from pipelines.tasks.curves import HOLLOW, End, grid, hollow, log_axis, moved, name_ends, place_of, png, sideways, style
 from pipelines.tasks.intervals import least_to_reach
-from pipelines.tasks.report import Line, number, titled
+from pipelines.tasks.report import NEEDS_NONE, Line, number, titled
 
 HELD_AT = 0.95  # accuracy
 
@@ -44,10 +44,12 @@ class Held(NamedTuple):
     least_asked: int  # facts: fewer may be held
     most_asked: int  # facts: more may be held
     num_samples: tuple[int, ...]  # that accuracies are of, from few to many
+    needs_memory: bool  # what is asked for lies in earlier segments
 
     @property
     def in_words(self) -> str:
-        return f"{self._told(self.num_facts)} [{self._told(self.low)}, {self._told(self.high)}]"
+        told = f"{self._told(self.num_facts)} [{self._told(self.low)}, {self._told(self.high)}]"
+        return told if self.needs_memory else f"{told}*"
 
     def _told(self, num: int) -> str:
         if num == self.most_asked:
@@ -98,6 +100,7 @@ def _held(curve: str, evaluation: Evaluation, what: str, length: int) -> Held:
         least_asked=min(lines),
         most_asked=max(lines),
         num_samples=tuple(sorted({line["num_samples"] for line in lines.values()})),
+        needs_memory=all(line.get("needs_memory") is not False for line in lines.values()),
     )
 
 
@@ -147,11 +150,12 @@ def _table(what: str, found: Sequence[Held]) -> str:
         if any(num < least for one in found for num in one.num_samples)
         else ""
     )
+    without = "" if all(one.needs_memory for one in found) else f" {NEEDS_NONE}"
     return (
         f"{titled(f'{what} held', heads, rows)}\n\nThe largest number of {what} asked for of which at least "
         f"{HELD_AT:.0%} were right: a step, not interpolated; one number a model. `>=`: all that was asked for is "
         f"held; `<`: not even the fewest {what} that were asked for are. In brackets: what is held by the ends of the "
-        f"95 % intervals of the accuracies, which are of so many samples.{too_few}\n"
+        f"95 % intervals of the accuracies, which are of so many samples.{too_few}{without}\n"
     )
 
 
@@ -183,13 +187,17 @@ def plot(groups: Sequence[Group]) -> bytes:
 def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
     """Of the models of one length; all curves of the picture, so that each looks the same in every panel."""
     [(what, length)] = {(one.what, one.length) for one in here}
-    ends = []
+    ends, num_empty = [], 0
     for curve, sizes in _by_curve(here):
         index = curves.index(curve)
         color = style(index)["color"]
         beside = moved(panel, sideways(index, len(curves), min(_GAP_POINTS, _BESIDE_POINTS / len(curves))))
         means = [_mean(mine) for mine in sizes.values()]
-        panel.plot(list(sizes), means, transform=beside, **style(index))
+        looks = {"transform": beside, **style(index)}
+        panel.plot(list(sizes), means, **looks)
+        empty = [i for i, mine in enumerate(sizes.values()) if not all(one.needs_memory for one in mine)]
+        hollow(panel, [list(sizes)[i] for i in empty], [means[i] for i in empty], looks)
+        num_empty += len(empty)
         low, high = ([least(one.num_facts for one in mine) for mine in sizes.values()] for least in (min, max))
         panel.fill_between(list(sizes), low, high, color=color, alpha=0.15, linewidth=0, transform=beside)
         for size, mine in sizes.items():
@@ -214,7 +222,8 @@ def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
     panel.set_title(
         f"{what} held in texts of {length:,} tokens, by {samples} samples each:\n"
         "means, bands over models; lines: by 95 % intervals of accuracy"
-        + ("; curves side by side" if len(curves) > 1 else ""),
+        + ("; curves side by side" if len(curves) > 1 else "")
+        + (f"\n{HOLLOW}" if num_empty else ""),
         fontsize=9,
     )
     panel.grid(alpha=0.3)

@@ -134,6 +134,11 @@ class Group(NamedTuple):
                 found.setdefault(cost.length, []).append(value)
         return found
 
+    def without_memory(self, panel: str) -> set[int]:
+        """The places where no memory is needed."""
+        return {point.at for one in self.evaluations for point in one.points
+                if point.panel == panel and point.line.get("needs_memory") is False}  # fmt: skip
+
     def end(self, panel: str) -> int | None:
         """The length at which texts no longer fit."""
         return min((one.ends[panel] for one in self.evaluations if panel in one.ends), default=None)

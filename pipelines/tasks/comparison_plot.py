@@ -1,7 +1,7 @@
 """Groups of evaluations as a plot: a panel for each task, a curve for each group, with a band over its models."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,7 +10,20 @@ from matplotlib.ticker import EngFormatter
 from pipelines.tasks.base import MEMORIES
 from pipelines.tasks.comparison import BY_SEGMENT, Group, main_memory, panels, place_name, places
 from pipelines.tasks.cost import COSTS
-from pipelines.tasks.curves import End, grid, legend_below, log_axis, mark_end, name_ends, png, style
+from pipelines.tasks.curves import (
+    End,
+    about_chance,
+    draw_chance,
+    grid,
+    hollow,
+    legend_below,
+    log_axis,
+    mark_end,
+    name_ends,
+    png,
+    style,
+    tell_hollow,
+)
 from pipelines.tasks.report import STYLES, short_length
 
 _UNITS = {
@@ -45,8 +58,10 @@ def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_l
         for other in MEMORIES[1:]:
             _curve(panel, groups[0], name, other, {"label": f"{other} memory", **STYLES[other]}, metric)
     points = [point for group in groups for one in group.evaluations for point in one.points if point.panel == name]
-    if chances := [point.line["chance"] for point in points if "chance" in point.line]:
-        panel.axhline(chances[0], color="grey", linestyle=":", label=f"chance ({chances[0]:.3g})")
+    if chances := _chances(groups, name):
+        draw_chance(panel, chances, _told_of_chance(groups))
+    if any(group.without_memory(name) for group in groups):
+        tell_hollow(panel)
     _axes(panel, name, groups, metric, trained_len)
     if metric not in _UNITS and all("low" in point.line for point in points):
         panel.set_ylim(-0.03, 1.03)
@@ -58,6 +73,27 @@ def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_l
     panel.grid(alpha=0.3)
     if len(groups) > 1:
         name_ends(panel, [end for end in ends if end is not None])
+
+
+def _chances(groups: Sequence[Group], panel: str) -> dict[int, list[float]]:
+    """What chance gives at the places of a panel."""
+    found: dict[int, list[float]] = {}
+    for point in (point for group in groups for one in group.evaluations for point in one.points):
+        if point.panel == panel and "chance" in point.line:
+            found.setdefault(point.at, []).append(point.line["chance"])
+    return found
+
+
+def _told_of_chance(groups: Sequence[Group]) -> str:
+    """A line of the legend for all panels."""
+    by_panel = {panel: _chances(groups, panel) for panel in panels(groups)}
+    found: dict[str, list[str]] = {}
+    for panel, chances in by_panel.items():
+        if chances:
+            span = about_chance(value for there in chances.values() for value in there)
+            found.setdefault(span, []).append(panel)
+    spans = list(found) if len(found) == 1 else [f"{', '.join(mine)}: {span}" for span, mine in found.items()]
+    return f"chance ({'; '.join(spans)})"
 
 
 def told(group: Group, *, alone: bool) -> str:
@@ -107,10 +143,17 @@ def _shade(panel: Axes, trained: float | None, trained_len: int | None) -> None:
 def _curve(panel: Axes, group: Group, name: str, memory: str | None, looks: dict[str, Any], metric: str) -> End | None:
     """Of one memory."""
     by_place = {at + (metric == BY_SEGMENT): group.values(name, at, memory) for at in group.places(name)}
-    return curve(panel, by_place, group, looks)
+    hollow_at = {at + (metric == BY_SEGMENT) for at in group.without_memory(name)}
+    return curve(panel, by_place, group, looks, hollow_at)
 
 
-def curve(panel: Axes, by_place: Mapping[int, Sequence[float]], group: Group, looks: dict[str, Any]) -> End | None:
+def curve(
+    panel: Axes,
+    by_place: Mapping[int, Sequence[float]],
+    group: Group,
+    looks: dict[str, Any],
+    hollow_at: Collection[int] = (),
+) -> End | None:
     """The mean of a group's values, a band from the lowest to the highest, and a dot for each."""
     points = [(at, values) for at, values in by_place.items() if values]
     if not points:
@@ -118,6 +161,8 @@ def curve(panel: Axes, by_place: Mapping[int, Sequence[float]], group: Group, lo
     x = [at for at, _ in points]
     means = [sum(values) / len(values) for _, values in points]
     panel.plot(x, means, **looks)
+    empty = [(at, mean) for at, mean in zip(x, means, strict=True) if at in hollow_at]
+    hollow(panel, [at for at, _ in empty], [mean for _, mean in empty], looks)
     finite = [[value for value in values if math.isfinite(value)] or [math.nan] for _, values in points]
     low, high = ([least(values) for values in finite] for least in (min, max))
     panel.fill_between(x, low, high, color=looks["color"], alpha=0.15, linewidth=0)

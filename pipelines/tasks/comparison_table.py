@@ -15,7 +15,7 @@ from pipelines.tasks.comparison import (
     places,
 )
 from pipelines.tasks.intervals import t_interval
-from pipelines.tasks.report import UNITS, about_intervals, cell, number, titled
+from pipelines.tasks.report import NEEDS_NONE, UNITS, about_intervals, cell, number, titled
 
 
 class Difference(NamedTuple):
@@ -64,6 +64,8 @@ def markdown(groups: Sequence[Group], metric: str) -> str:
     notes = about_intervals([point.line for one in _all(groups) for point in one.points])
     if notes:
         parts.append(" ".join([*notes, "Means are over models."]))
+    if any(group.without_memory(panel) for group in groups for panel in panels([group])):
+        parts.append(NEEDS_NONE)
     return "\n\n".join(parts) + "\n"
 
 
@@ -89,13 +91,18 @@ def _side_by_side(groups: Sequence[Group], panel: str, metric: str) -> str:
     rows = [
         [
             place_name(groups, panel, at, metric),
-            *(shown(group, panel, at, group.mean(panel, at, memory)) for group in groups),
+            *(shown(group, panel, at, group.mean(panel, at, memory)) + _mark([group], panel, at) for group in groups),
         ]
         for at in places(groups, panel)
     ]
     told = f", {memory} memory" if memory else ""
     heads = [_place_head(metric), *(group.label for group in groups)]
     return titled(f"{panel}: {metric}{told}, means over models", heads, rows, UNITS.get(metric))
+
+
+def _mark(groups: Sequence[Group], panel: str, at: int) -> str:
+    """Behind a place, or a value, where no memory is needed."""
+    return "*" if any(at in group.without_memory(panel) for group in groups) else ""
 
 
 def shown(group: Group, panel: str, at: int, value: float | None) -> str:
@@ -120,7 +127,7 @@ def _every_model(group: Group, panel: str, metric: str) -> tuple[list[str], list
         chance = next((line["chance"] for line in found if "chance" in line), None)
         rows.append(
             [
-                place_name([group], panel, at, metric),
+                place_name([group], panel, at, metric) + _mark([group], panel, at),
                 *([samples] if "num_samples" in extra else []),
                 *(cell(None if point is None else point.line) for point in points),
                 *(number(group.mean(panel, at, name)) for name in (memory, *others)),
@@ -157,7 +164,7 @@ def _difference_tables(groups: Sequence[Group], metric: str) -> list[str]:
     for panel in panels(groups):
         rows = [
             [
-                place_name(groups, panel, one.at, metric),
+                place_name(groups, panel, one.at, metric) + _mark(groups, panel, one.at),
                 number(one.mean),
                 "-" if one.low is None else f"[{number(one.low)}, {number(one.high)}]",
                 str(one.num_pairs),

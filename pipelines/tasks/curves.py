@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
+
+HOLLOW = "hollow: no memory is needed"
 
 _MARKERS = "osD^vPX*<>h"  # eleven and five have no common divisor: 55 curves before one comes again
 _LINES: tuple[Any, ...] = ("-", (0, (6, 2)), "-.", (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
@@ -33,13 +35,11 @@ class End(NamedTuple):
 
 
 def style(number: int) -> dict[str, Any]:
-    """Of the curve with this number: neighbours differ in marker, line, grey, and in whether markers are filled."""
-    color = _GREYS[number % len(_GREYS)]
+    """Of the curve with this number: neighbours differ in marker, line and grey."""
     return {
-        "color": color,
+        "color": _GREYS[number % len(_GREYS)],
         "linestyle": _LINES[number % len(_LINES)],
         "marker": _MARKERS[number % len(_MARKERS)],
-        "markerfacecolor": "white" if number % len(_GREYS) else color,
         "markersize": 6,
     }
 
@@ -61,6 +61,36 @@ def name_ends(panel: Axes, ends: Sequence[End]) -> None:
             arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.6, "linestyle": ":", "shrinkB": 3},
             annotation_clip=False,
         )
+
+
+def draw_chance(panel: Axes, by_place: Mapping[int, Sequence[float]], label: str) -> None:
+    """What chance gives: a dotted line, by place where it is not the same at all; two where questions are unlike."""
+    looks: dict[str, Any] = {"color": "grey", "linestyle": ":"}
+    values = {value for there in by_place.values() for value in there}
+    if len(values) == 1:
+        panel.axhline(values.pop(), label=label, **looks)
+        return
+    places = sorted(by_place)
+    low, high = ([least(by_place[at]) for at in places] for least in (min, max))
+    panel.plot(places, low, label=label, **looks)
+    if high != low:
+        panel.plot(places, high, **looks)
+
+
+def about_chance(values: Iterable[float]) -> str:
+    """One number, or from the least to the greatest."""
+    shown = list(dict.fromkeys(f"{value:.3g}" for value in sorted(values)))
+    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+
+
+def hollow(panel: Axes, x: Sequence[float], y: Sequence[float], looks: Mapping[str, Any]) -> None:
+    """Empties the markers of a curve at these points, where no memory is needed."""
+    panel.plot(x, y, zorder=4, **{**looks, "linestyle": "none", "markerfacecolor": "white", "label": None})
+
+
+def tell_hollow(panel: Axes) -> None:
+    """A line of the legend."""
+    panel.plot([], [], color="grey", marker="o", markerfacecolor="white", linestyle="none", label=HOLLOW)
 
 
 def mark_end(panel: Axes, x: float, words: str, color: str) -> None:

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
-from pipelines.tasks.curves import log_axis, mark_end
+from pipelines.tasks.curves import about_chance, draw_chance, hollow, log_axis, mark_end, tell_hollow
 from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.questions import ACCURACY, AT_DEPTH, NOT_FINITE, ORACLE, UNWRITTEN
 
@@ -43,6 +43,7 @@ STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-
     "zeroed": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
+NEEDS_NONE = "\\* What is asked for can lie in the segment of the question: no memory is needed there."
 _BESIDE = {"num_samples": "samples", "chance": "chance", "num_at_once": "runs at once"}  # heads of a table's columns
 _MAX_POINTS = 128  # of a curve; more segments are averaged
 _COLUMNS = 4  # of panels
@@ -233,7 +234,7 @@ def _notes(lines: Sequence[Line]) -> list[str]:
             "uses its memory comes out near chance here."
         )
     if any(line.get("needs_memory") is False for line in lines):
-        notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
+        notes.append(NEEDS_NONE)
     if any(line["metric"] == NOT_FINITE for line in lines):
         notes.append(
             "Not finite: at the answers of so many samples the model's values are no numbers, as where its state has "
@@ -429,9 +430,15 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
         y = [line["value"] for line in chosen]
         below = [line["value"] - line["low"] for line in chosen]
         above = [line["high"] - line["value"] for line in chosen]
-        panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, markersize=5, **STYLES[memory])
+        looks = {"markersize": 5, **STYLES[memory]}
+        panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, **looks)
+        without = [i for i, line in enumerate(chosen) if line.get("needs_memory") is False]
+        hollow(panel, [x[i] for i in without], [y[i] for i in without], looks)
     if chances := [line["chance"] for line in lines if "chance" in line]:
-        panel.axhline(chances[0], color="grey", linestyle=":", label=f"chance ({chances[0]:.3g})")
+        by_length = {line["length"]: [line["chance"]] for line in lines if "chance" in line}
+        draw_chance(panel, by_length, f"chance ({about_chance(chances)})")
+    if any(line.get("needs_memory") is False for line in lines):
+        tell_hollow(panel)
     length_axis(panel, lengths)
     panel.set_ylim(-0.03, 1.03)
     if ends:

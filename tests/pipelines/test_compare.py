@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from pipelines import compare, storage
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, capacity, comparison, comparison_plot, curves, intervals, texts
+from pipelines.tasks import TASKS, capacity, comparison, comparison_plot, comparison_table, curves, intervals, texts
 from pipelines.tasks.questions import QuestionTask
 from pipelines.tasks.report import CONFIG, FORMAT, METRICS, Subject
 from pipelines.tasks.samples import Scene, Wanted
@@ -267,6 +267,52 @@ def test_the_plot_shades_what_was_trained_and_shows_every_model(tmp_path: Path) 
     assert shaded != plain
     assert comparison_plot.plot(comparison.read_groups(results[:2], "accuracy"), "accuracy", 384) != shaded
     assert comparison_plot.plot(groups, "accuracy", 384) == shaded
+
+
+def test_chance_follows_the_lengths_and_is_one_line_of_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = answers({64: 1.0, 256: 0.5})
+    falling = [{**line, "chance": 1 / line["length"]} for line in answers({64: 1.0, 256: 0.5}, "fwe")]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plot, "png", lambda drawing: drawn.append(drawing) or b"")
+    for told in (lines, [*lines, *falling]):
+        uri = evaluation(tmp_path / str(len(told)), told)
+        comparison_plot.plot(comparison.read_groups([uri], "accuracy"), "accuracy", None)
+    legends = [[text.get_text() for text in one.legends[0].get_texts()] for one in drawn]
+    assert [[name for name in names if "chance" in name] for names in legends] == [
+        ["chance (0.0625)"],
+        ["chance (detect: 0.0625; fwe: 0.00391 to 0.0156)"],
+    ]
+    follows = [line for line in drawn[1].axes[1].get_lines() if "chance" in str(line.get_label())]
+    assert [list(line.get_xydata()[:, 1]) for line in follows] == [[1 / 64, 1 / 256]]
+
+
+def test_where_no_memory_is_needed_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{**line, "needs_memory": line["length"] > 24} for line in answers({24: 1.0, 256: 0.5}, "capacity_1")]
+    uris = [evaluation(tmp_path / name, lines, memory=name) for name in ("rmt", "xl")]
+    groups = comparison.read_groups(uris, "accuracy")
+    text = comparison_table.markdown(groups, "accuracy")
+    assert "| 24 | 1.0000* | 1.0000* |" in text
+    assert "| 256 | 0.5000 | 0.5000 |" in text
+    assert "| 24* | 16 |" in text
+    assert text.count("no memory is needed there") == 1
+    assert "| rmt | 256 | 16 | >= 1 [0, >= 1]* | 0 [0, >= 1] (mean 0.0000) |" in capacity.markdown(groups)
+    needed = [{**line, "needs_memory": True} for line in lines]
+    other = comparison.read_groups([evaluation(tmp_path / "needed", needed)], "accuracy")
+    assert "no memory" not in comparison_table.markdown(other, "accuracy")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plot, "png", lambda drawing: drawn.append(drawing) or b"")
+    monkeypatch.setattr(capacity, "png", lambda drawing: drawn.append(drawing) or b"")
+    for one in (groups, other):
+        comparison_plot.plot(one, "accuracy", None)
+        capacity.plot(one)
+    hollow = [
+        [float(x) for line in panel.get_lines() if line.get_markerfacecolor() == "white" for x in line.get_xdata()]
+        for drawing in drawn
+        for panel in drawing.axes
+    ]
+    assert hollow == [[24, 24], [256, 256], [], [], [], []]
 
 
 def test_no_two_of_many_curves_look_alike() -> None:

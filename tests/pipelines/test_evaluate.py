@@ -481,6 +481,20 @@ def test_the_plot_has_a_panel_for_each_thing_measured(kinds: str) -> None:
     assert image.shape[:2] == (600, 768 * (2 if kinds == "both" else 1))
 
 
+def test_the_plot_tells_where_no_memory_is_needed_and_chance_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Axes] = []
+    monkeypatch.setattr(Axes, "legend", lambda panel, **_: drawn.append(panel))
+    for needed in (False, True):
+        lines = [accuracy(64, memory, 0.5, needs_memory=needed) for memory in MEMORIES]
+        lines += [{**accuracy(256, memory, 0.5, needs_memory=True), "chance": 0.25} for memory in MEMORIES]
+        report.plot(SUBJECT, lines)
+    told = [panel.get_legend_handles_labels()[1] for panel in drawn]
+    assert [("hollow: no memory is needed" in labels) for labels in told] == [True, False]
+    assert all("chance (0.0625 to 0.25)" in labels for labels in told)
+    empty = [line for line in drawn[0].get_lines() if line.get_markerfacecolor() == "white"]
+    assert sorted(round(float(x) / 64, 2) for line in empty for x in line.get_xdata()) == [0.97, 1.0, 1.03]
+
+
 def test_where_there_is_no_telling_what_chance_gives_none_is_shown() -> None:
     def right(*num_choices: float) -> list[Figure]:
         answers = tuple(Answer(i + 1, np.zeros(1, np.int32), num) for i, num in enumerate(num_choices))
