@@ -28,6 +28,7 @@ from pipelines.tasks.report import (
     curve_of,
     distinct,
     mean_loss,
+    number,
     pooled,
     stretches,
 )
@@ -45,6 +46,7 @@ _DECIDE = (  # what is asked
 )
 _DECIDE_COST = ("batch_size", "device")
 SEGMENT_LEN = "segment_len"  # decides what is asked, too, except of some tasks
+_SHORT = 24  # letters of a label behind its kind, at most
 NOT_TOLD = "not told"  # the value of a setting that is missing
 _ALIKE_IN_ANY_SEGMENTS = frozenset(  # tasks whose texts do not depend on how long segments are
     ("memorise", "quadratic", "sorting", "fwe", "file", *(f"capacity_{num}" for num in COUNTS))
@@ -214,18 +216,59 @@ def _together(parts: Sequence[Evaluation]) -> Evaluation:
 
 
 def _alike(evaluations: Sequence[Evaluation], taken: Collection[str]) -> list[Group]:
-    """Those of equal memories, sizes, segments and questions together, in the order given; no label that is taken."""
+    """Those of equal memories, sizes, segments and questions together, in the order given, of one kind by the size of
+    their state; no label that is taken.
+    """
     differ = [name for name, values in _by_setting(evaluations).items() if len(values) > 1 and name != SEGMENT_LEN]
     found: dict[str, list[Evaluation]] = {}
     for one in evaluations:
         asked = [f"{name} {_shown(one.questions.get(name, NOT_TOLD))}" for name in differ]
         found.setdefault(", ".join([described(one.subject), *asked]), []).append(one)
-    kinds = [_free(_kind(mine[0].subject), taken) for mine in found.values()]
-    labels: list[str] = []
-    for kind in kinds:
-        choices = [kind] if kinds.count(kind) == 1 else (f"{kind} {i}" for i in itertools.count(1))
-        labels.append(next(one for one in choices if one not in taken and one not in labels))
-    return [Group(*about) for about in zip(found, labels, kinds, found.values(), strict=True)]
+    by_kind: dict[str, list[tuple[str, list[Evaluation]]]] = {}
+    for name, mine in found.items():
+        by_kind.setdefault(_free(_kind(mine[0].subject), taken), []).append((name, mine))
+    groups: list[Group] = []
+    for kind, alike in by_kind.items():
+        alike.sort(key=lambda one: (one[1][0].subject.floats_per_token, one[1][0].subject.state_floats))
+        apart = [f"{kind}, {words}" for words in _told_apart([mine[0] for _, mine in alike], differ)]
+        labels = [kind] if len(alike) == 1 else apart
+        taken = {*taken, *(group.label for group in groups)}
+        if not labels or not taken.isdisjoint(labels):
+            numbered = (f"{kind} {i}" for i in itertools.count(1))
+            labels = list(itertools.islice((label for label in numbered if label not in taken), len(alike)))
+        groups += [Group(name, label, kind, mine) for label, (name, mine) in zip(labels, alike, strict=True)]
+    return groups
+
+
+def _told_apart(models: Sequence[Evaluation], differ: Iterable[str]) -> list[str]:
+    """What is unlike of each of these models, where it is one setting and short; nothing where it is not."""
+    settings = [_settings(one, differ) for one in models]
+    sizes = [
+        {"floats": one.subject.floats, "parameters": f"{number(one.subject.num_parameters)} parameters"}
+        for one in models
+    ]
+    for told in (settings, sizes):
+        unlike = {name for one in told for name in one if len({other.get(name) for other in told}) > 1}
+        if len(unlike) > 1:
+            return []
+        for name in unlike:
+            words = [one.get(name, f"no {name}") for one in told]
+            return words if len(set(words)) == len(words) and max(map(len, words)) <= _SHORT else []
+    return []
+
+
+def _settings(one: Evaluation, differ: Iterable[str]) -> dict[str, str]:
+    """A model's memory, its segments, and those settings of its questions that differ, each in words."""
+    found = {SEGMENT_LEN: f"segments of {one.subject.segment_len:,} tokens"}
+    for name in differ:
+        found[name] = f"{name.replace('_', ' ')} {_shown(one.questions.get(name, NOT_TOLD))}"
+    parts = re.findall(r"([^()]+?)(?: \(([^)]*)\))?(?: with |$)", one.subject.memory)
+    for kind, settings in parts:
+        for setting in re.split(", (?=[a-z])", settings) if settings else ():
+            name, _, value = setting.partition(" ")
+            name = name.replace("_", " ") if len(parts) == 1 else f"{kind} {name.replace('_', ' ')}"
+            found[name] = name if value == "True" else f"{name} {value}"
+    return found
 
 
 def _free(kind: str, taken: Collection[str]) -> str:

@@ -203,10 +203,51 @@ def test_no_label_and_no_curve_is_given_to_two_groups(tmp_path: Path, capsys: py
     assert [group.label for group in groups] == ["rmt", "other rmt"]
     assert {held.curve for held in capacity.facts_held(groups)} == {"rmt", "other rmt"}
     groups = comparison.read_groups([f"rmt 1={uris[0]}", *uris[1:]], "accuracy")
-    assert [group.label for group in groups] == ["rmt 1", "rmt 2", "rmt 3", "rmt 4"]
+    assert [group.label for group in groups] == ["rmt 1", "rmt, 256 floats", "rmt, 512 floats", "rmt, 768 floats"]
     assert [group.kind for group in groups] == ["rmt 1", "rmt", "rmt", "rmt"]
     run(["--results", f"rmt={uris[0]}", uris[1], "--output", str(tmp_path / "out")], capsys)
     assert "| tokens | rmt | other rmt |" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "labels"),
+    [
+        ({"memory": "rmt (num_tokens 8)", "state_floats": 512}, {}, ["rmt, num tokens 4", "rmt, num tokens 8"]),
+        ({"state_floats": 512}, {}, ["rmt, 256 floats", "rmt, 512 floats"]),
+        ({"num_parameters": 2000}, {}, ["rmt, 2,000 parameters", "rmt, 1,000 parameters"]),
+        ({"segment_len": 48}, {}, ["rmt, segments of 48 tokens", "rmt, segments of 24 tokens"]),
+        ({"memory": "rmt (num_tokens 4, noisy True)"}, {}, ["rmt, noisy", "rmt, no noisy"]),
+        ({"memory": "rmt (num_tokens 8)"}, {"num_samples": 8}, ["rmt 1", "rmt 2"]),
+        ({}, {"background": "prose"}, ["rmt, background noise", "rmt, background prose"]),
+        ({"state_floats": 512, "num_parameters": 2000}, {}, ["rmt 1", "rmt 2"]),
+        ({"memory": f"rmt (num_tokens {10**20})"}, {}, ["rmt 1", "rmt 2"]),
+        (
+            {"memory": "rmt (num_tokens 8) with xl (num_tokens 2)"},
+            {"memory": "rmt (num_tokens 8) with xl (num_tokens 4)"},
+            ["rmt with xl, xl num tokens 2", "rmt with xl, xl num tokens 4"],
+        ),
+    ],
+)
+def test_groups_of_one_kind_are_named_by_what_tells_them_apart(
+    first: dict[str, Any], second: dict[str, Any], labels: list[str], tmp_path: Path
+) -> None:
+    about = {"memory": "rmt (num_tokens 4)"}
+    read_otherwise = {name: second[name] for name in second if name in Subject._fields}
+    asked = {name: second[name] for name in second if name not in Subject._fields}
+    one = evaluation(tmp_path / "one", answers({64: 1.0}), **{**about, **first})
+    two = evaluation(tmp_path / "two", answers({64: 1.0}), asked, **{**about, **read_otherwise})
+    groups = comparison.read_groups([one, two], "accuracy")
+    assert [group.label for group in groups] == labels
+
+
+def test_groups_of_one_kind_stand_by_the_size_of_their_state(tmp_path: Path) -> None:
+    sizes = {"large": 1024, "xl": 256, "middle": 512, "small": 0}
+    uris = [
+        evaluation(tmp_path / name, answers({64: 1.0}), state_floats=size, memory="xl" if name == "xl" else "rmt")
+        for name, size in sizes.items()
+    ]
+    groups = comparison.read_groups(uris, "accuracy")
+    assert [one.name for group in groups for one in group.evaluations] == ["small", "middle", "large", "xl"]
 
 
 def test_questions_that_a_task_does_not_read_keep_no_seeds_apart(
