@@ -57,6 +57,7 @@ class Figure(NamedTuple):
     chance: float | None = None  # what guessing gives
     needs_memory: bool | None = None  # what is asked for lies in an earlier segment than the answer
     reason: str | None = None  # why nothing was measured
+    background: str | None = None  # around facts: prose, noise; None: the task has none
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipelines.tasks.base import TRUE
 from pipelines.tasks.comparison import Evaluation, Group, panels
 from pipelines.tasks.curves import HOLLOW, End, grid, hollow, log_axis, moved, name_ends, place_of, png, sideways, style
 from pipelines.tasks.intervals import least_to_reach
-from pipelines.tasks.report import NEEDS_NONE, Line, number, titled
+from pipelines.tasks.report import NEEDS_NONE, Line, in_background, number, titled
 
 HELD_AT = 0.95  # accuracy
 
@@ -44,6 +44,7 @@ class Held(NamedTuple):
     least_asked: int  # facts: fewer may be held
     most_asked: int  # facts: more may be held
     num_samples: tuple[int, ...]  # that accuracies are of, from few to many
+    background: str | None  # around the facts
     needs_memory: bool  # what is asked for lies in earlier segments
 
     @property
@@ -83,12 +84,13 @@ def _places(evaluation: Evaluation) -> set[tuple[str, int]]:
 
 
 def _held(curve: str, evaluation: Evaluation, what: str, length: int) -> Held:
-    lines = {
-        int(found[2]): point.line
+    points = {
+        int(found[2]): point
         for point in evaluation.points
         if (found := _TASK.fullmatch(point.panel))
         and (_ASKED[found[1]], point.at, point.memory) == (what, length, TRUE)
     }
+    lines = {num: point.line for num, point in points.items()}
     return Held(
         curve,
         what,
@@ -100,6 +102,7 @@ def _held(curve: str, evaluation: Evaluation, what: str, length: int) -> Held:
         least_asked=min(lines),
         most_asked=max(lines),
         num_samples=tuple(sorted({line["num_samples"] for line in lines.values()})),
+        background=next(evaluation.backgrounds.get(point.panel) for point in points.values()),
         needs_memory=all(line.get("needs_memory") is not False for line in lines.values()),
     )
 
@@ -152,11 +155,16 @@ def _table(what: str, found: Sequence[Held]) -> str:
     )
     without = "" if all(one.needs_memory for one in found) else f" {NEEDS_NONE}"
     return (
-        f"{titled(f'{what} held', heads, rows)}\n\nThe largest number of {what} asked for of which at least "
+        f"{titled(_named(what, found), heads, rows)}\n\nThe largest number of {what} asked for of which at least "
         f"{HELD_AT:.0%} were right: a step, not interpolated; one number a model. `>=`: all that was asked for is "
         f"held; `<`: not even the fewest {what} that were asked for are. In brackets: what is held by the ends of the "
         f"95 % intervals of the accuracies, which are of so many samples.{too_few}{without}\n"
     )
+
+
+def _named(what: str, found: Iterable[Held]) -> str:
+    """What a title says is held, and where."""
+    return in_background(f"{what} held", (one.background for one in found if one.background))
 
 
 def _cell(mine: Sequence[Held]) -> str:
@@ -220,7 +228,7 @@ def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
     panel.set_ylabel(f"{what} held (accuracy at least {HELD_AT:.0%})")
     samples = _numbers(num for one in here for num in one.num_samples)
     panel.set_title(
-        f"{what} held in texts of {length:,} tokens, by {samples} samples each:\n"
+        f"{_named(what, here)}, texts of {length:,} tokens, by {samples} samples each:\n"
         "means, bands over models; lines: by 95 % intervals of accuracy"
         + ("; curves side by side" if len(curves) > 1 else "")
         + (f"\n{HOLLOW}" if num_empty else ""),

@@ -27,6 +27,7 @@ from pipelines.tasks.report import (
     Subject,
     curve_of,
     distinct,
+    in_background,
     mean_loss,
     number,
     pooled,
@@ -92,6 +93,7 @@ class Evaluation(NamedTuple):
     measuring: dict[str, dict[str, str]]  # URI -> the settings that decide what it cost, in words; none without costs
     costs: list[Cost]
     ends: dict[str, int]  # task -> the length at which texts no longer fit
+    backgrounds: dict[str, str]  # task -> what stands around its facts, if it has such
 
     def point(self, panel: str, at: int, memory: str | None) -> Point | None:
         return next((point for point in self.points if point[:3] == (panel, at, memory)), None)
@@ -208,6 +210,7 @@ def _together(parts: Sequence[Evaluation]) -> Evaluation:
         questions={name: value for part in parts for name, value in part.questions.items()},
         points=[point for part in parts for point in part.points],
         measuring={uri: told for part in parts for uri, told in part.measuring.items()},
+        backgrounds={task: told for part in parts for task, told in part.backgrounds.items()},
         costs=[cost for part in parts for cost in part.costs],
         ends={
             task: min(part.ends[task] for part in parts if task in part.ends) for part in parts for task in part.ends
@@ -360,7 +363,9 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     ends = {task: min(line["length"] for line in unfit if line["task"] == task) for task in distinct(unfit, "task")}
     costs = _costs(lines, subject)
     name = uri.rpartition("/")[2]
-    return Evaluation(name, uri, subject, asked, points, {uri: measuring} if costs else {}, costs, ends)
+    tasks = [task for task in distinct(found, "task") if task in TASKS and "background" in TASKS[task].settings]
+    backgrounds = {task: identity["background"] for task in tasks if "background" in identity}
+    return Evaluation(name, uri, subject, asked, points, {uri: measuring} if costs else {}, costs, ends, backgrounds)
 
 
 def _left_by_evaluate(uri: str) -> tuple[dict[str, Any], list[Line]]:
@@ -442,6 +447,13 @@ def _in_words(value: Any) -> str:
 def panels(groups: Iterable[Group]) -> list[str]:
     """What there are curves of, in the order of the evaluations."""
     return list(dict.fromkeys(point.panel for group in groups for one in group.evaluations for point in one.points))
+
+
+def panel_name(groups: Iterable[Group], panel: str) -> str:
+    """A panel and what stands around its facts, as titles have it."""
+    return in_background(
+        panel, (one.backgrounds[panel] for group in groups for one in group.evaluations if panel in one.backgrounds)
+    )
 
 
 def places(groups: Iterable[Group], panel: str) -> list[int]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from pipelines.tasks.base import MEMORIES
-from pipelines.tasks.comparison import BY_SEGMENT, Group, main_memory, panels, place_name, places
+from pipelines.tasks.comparison import BY_SEGMENT, Group, main_memory, panel_name, panels, place_name, places
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.curves import (
     End,
@@ -117,7 +117,7 @@ def _axes(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_
         title = f"loss by segment, {name}"
     else:
         length_axis(panel, name, groups, marks, trained_len)
-        title = f"{name}: {metric.replace('_', ' ')} by length"
+        title = f"{panel_name(groups, name)}: {metric.replace('_', ' ')} by length"
     panel.set_title(title, fontsize=10)
 
 

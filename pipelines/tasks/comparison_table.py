@@ -10,6 +10,7 @@ from pipelines.tasks.comparison import (
     described,
     differences_of_questions,
     main_memory,
+    panel_name,
     panels,
     place_name,
     places,
@@ -59,7 +60,11 @@ def markdown(groups: Sequence[Group], metric: str) -> str:
         about = group.name if group.name == group.about else f"{group.name} ({group.about})"
         for panel in panels([group]):
             unit = UNITS.get(metric)
-            parts.append(titled(f"{panel}: {metric}, memory {about}", *_every_model(group, panel, metric), unit))
+            parts.append(
+                titled(
+                    f"{panel_name([group], panel)}: {metric}, memory {about}", *_every_model(group, panel, metric), unit
+                )
+            )
     parts.extend(_difference_tables(groups, metric))
     notes = about_intervals([point.line for one in _all(groups) for point in one.points])
     if notes:
@@ -97,7 +102,7 @@ def _side_by_side(groups: Sequence[Group], panel: str, metric: str) -> str:
     ]
     told = f", {memory} memory" if memory else ""
     heads = [_place_head(metric), *(group.label for group in groups)]
-    return titled(f"{panel}: {metric}{told}, means over models", heads, rows, UNITS.get(metric))
+    return titled(f"{panel_name(groups, panel)}: {metric}{told}, means over models", heads, rows, UNITS.get(metric))
 
 
 def _mark(groups: Sequence[Group], panel: str, at: int) -> str:
@@ -172,6 +177,6 @@ def _difference_tables(groups: Sequence[Group], metric: str) -> list[str]:
             for one in found
             if one.panel == panel
         ]
-        title = f"{panel}: {metric} of {first.label} minus {second.label}"
+        title = f"{panel_name(groups, panel)}: {metric} of {first.label} minus {second.label}"
         tables.append(titled(title, [_place_head(metric), "difference", "95 % interval", "pairs"], rows))
     return [*tables, f"Pairs of models in the order given: {pairs}. The interval is Student's t over pairs."]

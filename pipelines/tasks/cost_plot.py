@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from pipelines.tasks.comparison import Group, differences_of_measuring, panels, places
+from pipelines.tasks.comparison import Group, differences_of_measuring, panel_name, panels, places
 from pipelines.tasks.comparison_plot import PANEL_INCHES, curve, draw, length_axis, told
 from pipelines.tasks.comparison_table import shown
 from pipelines.tasks.curves import grid, legend_below, name_ends, png, style
@@ -35,7 +35,7 @@ def markdown(groups: Sequence[Group]) -> str:
                 [f"{length:,}", *(_cell(group, task, length, kind) for group in groups)] for length in sorted(lengths)
             ]
             heads = ["tokens", *(group.label for group in groups)]
-            parts.append(titled(f"{task}: {title}, means over models", heads, rows, unit))
+            parts.append(titled(f"{panel_name(groups, task)}: {title}, means over models", heads, rows, unit))
     return "\n\n".join([*parts, *_notes(groups)]) + "\n"
 
 
@@ -93,7 +93,7 @@ def _panel(panel: Axes, task: str, kind: str, groups: Sequence[Group], trained_l
     lengths = {length for costs in found for length in costs} or places(groups, task)
     length_axis(panel, task, groups, sorted(lengths), trained_len)
     panel.set_ylabel(f"{title} ({unit})")
-    panel.set_title(f"{task}: {title}, by length", fontsize=10)
+    panel.set_title(f"{panel_name(groups, task)}: {title}, by length", fontsize=10)
     panel.grid(alpha=0.3)
     if len(groups) > 1:
         name_ends(panel, [end for end in ends if end is not None])

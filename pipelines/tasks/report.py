@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 
+from pipelines.tasks import TASKS
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
 from pipelines.tasks.curves import about_chance, draw_chance, hollow, log_axis, mark_end, tell_hollow
 from pipelines.tasks.intervals import wilson_interval
@@ -33,6 +34,7 @@ UNITS = {
     "seconds": "wall clock of one run, all memories and samples",
     "peak_bytes": "of the process with its libraries, or on the GPU",
 }
+BACKGROUNDS = {"noise": "noise (random letters)", "prose": "prose (of the held-out text)"}  # around facts
 ABOUT = {
     "true": "the state carried from segment to segment",
     "zeroed": "zeros instead of it before every segment",
@@ -117,14 +119,14 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
         f"Model `{subject.fingerprint[:16]}`: memory {subject.memory}; {parameters}"
         f"segments of {subject.segment_len:,} tokens; "
         f"the state is {subject.floats}{'' if subject.floats_per_token else ', whatever the length'}.\n"
-        f"Held-out text: {subject.held_out}. Seed {subject.seed}.",
+        f"{_about_texts(subject, lines)}Seed {subject.seed}.",
         _about_full(subject)
         if subject.floats_per_token
         else "\n".join(f"- **{memory}** memory: {ABOUT[memory]}" for memory in MEMORIES),
     ]
     for task in distinct(lines, "task"):
         mine = [line for line in lines if line["task"] == task]
-        parts.append(f"## {task}")
+        parts.append(f"## {_named(task, mine)}")
         for metric in distinct(mine, "metric"):
             chosen = [line for line in mine if line["metric"] == metric]
             if metric == DOES_NOT_FIT:
@@ -135,6 +137,27 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
             parts.extend(_curve_tables(metric, chosen) if curves else [table(metric, chosen)])
         parts.extend(_notes(mine))
     return "\n\n".join(parts) + "\n"
+
+
+def _about_texts(subject: Subject, lines: Sequence[Line]) -> str:
+    """What stands around facts, and the held-out text where it is read."""
+    backgrounds = {line["background"] for line in lines if "background" in line}
+    told = "".join(f"Background: {BACKGROUNDS[one]}. " for one in sorted(backgrounds))
+    is_read = any(_reads_held_out(line) for line in lines)
+    return f"{told}Held-out text: {subject.held_out}. " if is_read else told
+
+
+def _reads_held_out(line: Line) -> bool:
+    """Whether the task's texts, or what stands around facts in them, are of it."""
+    if "limit_segments" in TASKS[line["task"]].settings:
+        return True
+    return "held_out" in TASKS[line["task"]].settings and line.get("background") != "noise"
+
+
+def in_background(task: str, backgrounds: Iterable[str]) -> str:
+    """A task and what stands around its facts, as titles have it."""
+    told = sorted(set(backgrounds))
+    return f"{task} in {' and '.join(told)}" if told else task
 
 
 def _about_full(subject: Subject) -> str:
@@ -384,6 +407,10 @@ def _by_task(lines: Sequence[Line], metric: str) -> dict[str, list[Line]]:
     return {task: [line for line in chosen if line["task"] == task] for task in distinct(chosen, "task")}
 
 
+def _named(task: str, lines: Iterable[Line]) -> str:
+    return in_background(task, (line["background"] for line in lines if "background" in line))
+
+
 def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
     """A heat map with the numbers in it; light is right, also in grey."""
     lengths, depths = sorted(distinct(lines, "length")), sorted(distinct(lines, "depth"))
@@ -399,7 +426,7 @@ def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
     panel.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     panel.set_xlabel("text length (tokens)")
     panel.set_ylabel("depth of the facts (0: earliest, 1: latest)")
-    panel.set_title(f"{task}: accuracy, true memory, {num_samples(lines)} samples a cell", fontsize=10)
+    panel.set_title(f"{_named(task, lines)}: accuracy, true memory, {num_samples(lines)} samples a cell", fontsize=10)
 
 
 def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
@@ -444,7 +471,7 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
     if ends:
         mark_end(panel, min(distinct(ends, "length")), "does not fit", "black")
     panel.set_ylabel("accuracy (95 % interval)")
-    panel.set_title(f"{task}: {num_samples(lines)} samples a length", fontsize=10)
+    panel.set_title(f"{_named(task, lines)}: {num_samples(lines)} samples a length", fontsize=10)
     panel.grid(alpha=0.3)
     panel.legend(title="memory")
 

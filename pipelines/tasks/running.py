@@ -42,11 +42,14 @@ def measure(run: Run, material: Material) -> list[Figure]:
     """The figures of a run, and what it cost once the model was there; or why the texts do not fit."""
     model, _ = load(run.model, run.device)
     reader = reading(model, run.full)
+    task = TASKS[run.task]
+    background = material.background if "background" in task.settings else None
     meter = Meter(run.device)
     try:
-        figures = TASKS[run.task].measure(reader, run.length, replace(material, seed=run.seed))
+        figures = task.measure(reader, run.length, replace(material, seed=run.seed))
     except DoesNotFitError as error:
-        return [Figure(DOES_NOT_FIT, float(error.num_bytes), reason=str(error))]
+        return [Figure(DOES_NOT_FIT, float(error.num_bytes), reason=str(error), background=background)]
+    figures = [figure._replace(background=background) for figure in figures]
     num_texts = _num_texts(figures, run.length)
     return [*figures, *(figure._replace(num_texts=num_texts) for figure in meter.figures())]
 

@@ -85,7 +85,7 @@ def test_seeds_of_a_memory_are_shown_each_and_as_their_mean(tmp_path: Path, caps
     assert found["models"] == {RMT_FLOATS: ["seed-0", "seed-1"]}
     heads = "| tokens | samples | seed-0 | seed-1 | mean | zeroed | shuffled | chance |"
     assert heads in Path(found["table"]).read_text().splitlines()
-    cells = row(found, "detect: accuracy, memory rmt", "1,048,576")
+    cells = row(found, "detect in noise: accuracy, memory rmt", "1,048,576")
     assert cells[1] == "32"
     assert cells[2].startswith("1.0000 [")
     assert cells[3].startswith("0.2500 [")
@@ -104,8 +104,8 @@ def test_one_model_in_several_directories_is_one(tmp_path: Path, capsys: pytest.
     held = capacity.facts_held(comparison.read_groups([few, many], "accuracy"))
     assert [one.in_words for one in held if one.length == 64] == [">= 8 [0, >= 8]"]
     beside = {"table": found["cost_table"]}
-    assert row(beside, "capacity 1: time a text", "64") == ["64", "1.0000"]
-    assert row(beside, "capacity 1: time a text", "256") == ["256", "2.0000"]
+    assert row(beside, "capacity 1 in noise: time a text", "64") == ["64", "1.0000"]
+    assert row(beside, "capacity 1 in noise: time a text", "256") == ["256", "2.0000"]
     assert (
         f"batch_size is not told in {tmp_path.name}/few and 4 in {tmp_path.name}/many"
         in Path(found["cost_table"]).read_text()
@@ -150,9 +150,10 @@ def test_what_is_unlike_is_no_seed_of_one_another(
     found = run(["--results", one, two, "--output", str(tmp_path / "out")], capsys)
     assert sorted(found["models"].values()) == [["seed-0"], ["seed-1"]]
     text = Path(found["table"]).read_text()
-    assert text.count("### detect: accuracy, memory") == 2
+    assert len(re.findall(r"### detect in \w+: accuracy, memory", text)) == 2
     assert re.findall(r"Not the same questions\*\*: (\w+) is", text) == [*asked, *({"segment_len"} & set(about))]
-    assert row(found, "detect: accuracy, true memory", "4,096") == ["4,096", "-", "0.2500"]
+    task = "detect in noise and prose" if "background" in asked else "detect in noise"
+    assert row(found, f"{task}: accuracy, true memory", "4,096") == ["4,096", "-", "0.2500"]
 
 
 def test_settings_are_unlike_however_late_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,7 +272,7 @@ def test_two_groups_are_named_and_their_paired_difference_has_an_interval(
     (difference,) = found["differences"]
     half = 4.303 * 0.2 / math.sqrt(3)  # of 0.4, 0.2 and 0.6
     assert [difference[name] for name in ("mean", "low", "high")] == pytest.approx([0.4, 0.4 - half, 0.4 + half])
-    shown = row(found, "detect: accuracy of noise minus base", "64")
+    shown = row(found, "detect in noise: accuracy of noise minus base", "64")
     assert shown == ["64", "0.4000", f"[{0.4 - half:.4f}, {0.4 + half:.4f}]", "3"]
     words[1:3] = ["noise=" + ",".join(first), "base=" + ",".join(second[:2])]
     fewer = run(words, capsys)
@@ -293,9 +294,9 @@ def test_any_metric_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = [*answers({64: 0.5}, metric="strict"), *answers({64: 0.75}), *costs, *losses(96, [4.0, 3.0, 2.0, 1.0])]
     one = evaluation(tmp_path / "one", lines)
     words = ["--results", one, "--output", str(tmp_path / "out"), "--metric"]
-    assert row(run([*words, "strict"], capsys), "detect: strict", "64")[2].startswith("0.5000")
+    assert row(run([*words, "strict"], capsys), "detect in noise: strict", "64")[2].startswith("0.5000")
     assert row(run([*words, "loss"], capsys), "perplexity: loss", "24")[:2] == ["24", "3.0000"]
-    assert row(run([*words, "seconds"], capsys), "detect: seconds", "64") == ["64", "2.0000", "2.0000"]
+    assert row(run([*words, "seconds"], capsys), "detect in noise: seconds", "64") == ["64", "2.0000", "2.0000"]
     by_segment = run([*words, "loss_by_segment", "--trained-len", "48"], capsys)
     assert row(by_segment, "texts of 96 tokens: loss by segment", "1")[1] == "3.0000"
     assert row(by_segment, "texts of 96 tokens: loss by segment", "2-3")[1] == "1.5000"
@@ -327,6 +328,26 @@ def test_chance_follows_the_lengths_and_is_one_line_of_the_legend(
     ]
     follows = [line for line in drawn[1].axes[1].get_lines() if "chance" in str(line.get_label())]
     assert [list(line.get_xydata()[:, 1]) for line in follows] == [[1 / 64, 1 / 256]]
+
+
+def test_titles_tell_what_stands_around_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for task in ("capacity_1", "sorting") for line in answers({64: 1.0}, task)]
+    uris = [evaluation(tmp_path / told, lines, {"background": told}) for told in ("noise", "prose")]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plot, "png", lambda drawing: drawn.append(drawing) or b"")
+    monkeypatch.setattr(capacity, "png", lambda drawing: drawn.append(drawing) or b"")
+    for results in (uris[:1], uris):
+        groups = comparison.read_groups(results, "accuracy")
+        comparison_plot.plot(groups, "accuracy", None)
+        capacity.plot(groups)
+    assert [panel.get_title().splitlines()[0] for drawing in drawn for panel in drawing.axes] == [
+        "capacity_1 in noise: accuracy by length",
+        "sorting: accuracy by length",
+        "facts held in noise, texts of 64 tokens, by 16 samples each:",
+        "capacity_1 in noise and prose: accuracy by length",
+        "sorting: accuracy by length",
+        "facts held in noise and prose, texts of 64 tokens, by 16 samples each:",
+    ]
 
 
 def test_where_no_memory_is_needed_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,12 +426,12 @@ def test_costs_stand_beside_accuracy_to_where_texts_no_longer_fit(
     full = evaluation(tmp_path / "full", lines, {"attention": "full"}, **about)
     found = run(["--results", *memories, full, "--output", str(tmp_path / "out"), "--trained-len", "384"], capsys)
     assert "full attention, 64 floats a token, 1,000 parameters, segments of 24 tokens" in found["models"]
-    assert row(found, "detect: accuracy, true memory", "4,096") == ["4,096", "1.0000", "does not fit"]
+    assert row(found, "detect in noise: accuracy, true memory", "4,096") == ["4,096", "1.0000", "does not fit"]
     beside = {"table": found["cost_table"]}
-    assert row(beside, "detect: time a text", "1,024") == ["1,024", "1.1250", "10.0000"]
-    assert row(beside, "detect: time a text", "4,096") == ["4,096", "4.0000", "does not fit"]
-    assert row(beside, "detect: peak memory", "1,024") == ["1,024", "9,000,000", "80,000,000"]
-    assert row(beside, "detect: carried", "1,024") == ["1,024", "256.0000", "65,536"]
+    assert row(beside, "detect in noise: time a text", "1,024") == ["1,024", "1.1250", "10.0000"]
+    assert row(beside, "detect in noise: time a text", "4,096") == ["4,096", "4.0000", "does not fit"]
+    assert row(beside, "detect in noise: peak memory", "1,024") == ["1,024", "9,000,000", "80,000,000"]
+    assert row(beside, "detect in noise: carried", "1,024") == ["1,024", "256.0000", "65,536"]
     text = Path(found["cost_table"]).read_text()
     assert "ablations is measured too in" in text
     assert "runs at once is not told in" in text
@@ -539,8 +560,8 @@ def test_pairs_held_are_a_table_and_a_panel_of_their_own(tmp_path: Path, capsys:
     facts = facts_held(tmp_path / "a", {1: 1.0, 2: 0.5})
     pairs = [facts_held(tmp_path / name, {4: 1.0, 8: 0.5}, task="pairs") for name in "bc"]
     found = run(["--results", facts, *pairs, "--output", str(tmp_path / "out")], capsys)
-    first, second = Path(found["capacity_table"]).read_text().split("### pairs held\n")
-    assert first.startswith("### facts held\n")
+    first, second = Path(found["capacity_table"]).read_text().split("### pairs held in noise\n")
+    assert first.startswith("### facts held in noise\n")
     assert "| rmt | 256 | 16 | 1 [0, >= 2] (mean 1.0000) |" in first
     assert "| rmt | 256 | 16 | 4 [< 4, >= 8], 4 [< 4, >= 8] (mean 4.0000) |" in second
     held = capacity.facts_held(comparison.read_groups([facts, *pairs], "accuracy"))

@@ -116,6 +116,7 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
         assert line["seed"] == 7
         assert {key: line[key] for key in want} == {**want, "value": pytest.approx(want["value"], abs=1e-9)}
     assert {line["memory"] for line in lines} == set(MEMORIES)
+    assert {line["task"]: line.get("background") for line in lines} == {"perplexity": None, "recall": "prose"}
     assert result["output"] == str(output)
     assert result["metrics"] == [line for line in lines if "segment" not in line]
 
@@ -416,6 +417,21 @@ def test_the_table_has_a_row_a_length_and_says_what_is_missing() -> None:
     assert "no memory is needed there" in written
     assert "no neighbour" in written
     assert "no neighbour" not in report.markdown(SUBJECT, lines[:3])
+
+
+def test_the_report_tells_what_stands_around_facts_and_held_out_text_where_it_is_read() -> None:
+    def told(*lines: dict[str, Any]) -> str:
+        return next(one for one in report.markdown(SUBJECT, lines).splitlines() if "Seed" in one)
+
+    noise, prose = (accuracy(64, "true", 0.5, background=name) for name in ("noise", "prose"))
+    held_out = f"Held-out text: {SUBJECT.held_out}. "
+    assert told(noise) == f"Background: noise (random letters). Seed {SUBJECT.seed}."
+    assert told(prose) == f"Background: prose (of the held-out text). {held_out}Seed {SUBJECT.seed}."
+    own = line("sorting", 64, Figure("accuracy", 0.5, "true", num_samples=4, low=0, high=1))
+    assert told(own) == f"Seed {SUBJECT.seed}."
+    assert told(*curve(64, "true", [1.0]), noise).endswith(f"letters). {held_out}Seed {SUBJECT.seed}.")
+    assert "## recall in noise\n" in report.markdown(SUBJECT, [noise, own])
+    assert "## sorting\n" in report.markdown(SUBJECT, [noise, own])
 
 
 def test_the_table_averages_a_curve_over_doubling_stretches() -> None:
