@@ -10,6 +10,7 @@ Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -68,15 +69,25 @@ class _Read(NamedTuple):
 class QuestionTask:
     """Accuracy of the answers to texts of `length` tokens, answers included.
 
-    `has_background` where facts stand in prose or noise; `has_depths` where they may be put at chosen depths.
+    `has_background` where facts stand in prose or noise; `has_depths` where they may be put at chosen depths. Tasks of
+    one `family` draw alike, others apart.
     """
 
-    def __init__(self, name: str, make: Maker, *, has_background: bool = True, has_depths: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Maker,
+        *,
+        has_background: bool = True,
+        has_depths: bool = False,
+        family: str | None = None,
+    ) -> None:
         self.name = name
         self.make = make
         reads = {"held_out", "background"} if has_background else set()
         self.settings = frozenset({"num_samples", "seed", *reads, *({"depths"} if has_depths else ())})
         self._has_depths = has_depths
+        self._family = zlib.crc32((family or name).encode())
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         check_length(self.name, length, segment_len)
@@ -104,7 +115,7 @@ class QuestionTask:
         depths = material.depths if self._has_depths else ()
         wanted = Wanted(length, segment_len, depths[index % len(depths)] if depths else None)
         scene = Scene(material.tokenizer, _background(material))
-        return self.make(scene, wanted, np.random.default_rng((material.seed, length, index)))
+        return self.make(scene, wanted, np.random.default_rng((material.seed, length, index, self._family)))
 
 
 def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], material: Material) -> list[Figure]:

@@ -316,6 +316,17 @@ def test_questions_of_other_lengths_are_other_ones_and_the_same_again() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_tasks_draw_apart_and_steps_of_one_task_alike() -> None:
+    def drawn(name: str) -> list[Sample]:
+        return [TASKS[name]._sample(i, 64, 16, material(background="noise")) for i in range(40)]
+
+    letters = [[int(sample.answers[0].tokens[-1]) for sample in drawn(name)] for name in ("detect", "recall")]
+    assert sum(a == b for a, b in zip(*letters, strict=True)) < 10
+    joined, marked = ([bytes(texts.whole(sample.stream)[:-2].tolist()) for sample in drawn(name)]
+                      for name in ("join", "join_marked"))  # fmt: skip
+    assert joined == marked
+
+
 def test_what_a_tokenizer_does_not_allow_is_one_line() -> None:
     class Uneven:
         def encode(self, text: str) -> np.ndarray:
