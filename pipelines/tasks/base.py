@@ -46,6 +46,7 @@ class Figure(NamedTuple):
     num_segments: int | None = None  # segments from that one on that it is about; None: the one
     num_tokens: int | None = None  # tokens that it is a mean over
     depth: float | None = None  # where facts stand, in [0, 1]
+    same_place: bool | None = None  # facts mostly stand where they do at the depth before this one: the text is short
     num_samples: int | None = None  # samples that it is a fraction of, or rows of text that it is a mean over
     num_texts: float | None = None  # texts of the length that were read at this cost
     num_at_once: int | None = None  # runs that could be under way at once, this one among them

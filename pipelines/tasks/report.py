@@ -102,6 +102,8 @@ def _pool(lines: Sequence[Line]) -> Line:
     about = {"chance": sum(chances) / len(chances)} if chances else {}
     if any(line.get("needs_memory") is False for line in lines):
         about["needs_memory"] = False
+    if any(line.get("same_place") for line in lines):
+        about["same_place"] = True
     return {**lines[0], **about, "value": num_right / num, "num_samples": num, "low": low, "high": high}
 
 
@@ -178,12 +180,16 @@ def _depth_table(metric: str, lines: Sequence[Line]) -> str:
         [
             f"{length:,}",
             num_samples([line for (at, _), line in mine.items() if at == length]),
-            *(cell(mine.get((length, depth))) for depth in depths),
+            *(_at_depth(mine.get((length, depth))) for depth in depths),
         ]
         for length in distinct(lines, "length")
     ]
     heads = ["tokens", "samples a depth", *(f"depth {depth:g}" for depth in depths)]
     return titled(f"{metric}, true memory", heads, rows)
+
+
+def _at_depth(line: Line | None) -> str:
+    return f"{cell(line)}†" if line is not None and line.get("same_place") else cell(line)
 
 
 def num_samples(lines: Sequence[Line]) -> str:
@@ -235,6 +241,10 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         )
     if any(line.get("needs_memory") is False for line in lines):
         notes.append("\\* What is asked for can lie in the segment of the question: no memory is needed there.")
+    if any(line.get("same_place") for line in lines):
+        notes.append(
+            "† Facts stand where they do at the depth before, in most texts: these are too short to tell the two apart."
+        )
     if any(line["metric"] == NOT_FINITE for line in lines):
         notes.append(
             "Not finite: at the answers of so many samples the model's values are no numbers, as where its state has "

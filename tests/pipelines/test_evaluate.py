@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -532,8 +533,13 @@ def test_depths_have_a_table_and_a_heat_map() -> None:
     written = report.markdown(SUBJECT, lines)
     assert "| tokens | samples a depth | depth 0 | depth 0.5 | depth 1 |" in written
     assert "| 128 | 4 to 5 | 0.0000 [0, 1] | 0.5000 [0, 1] | 1.0000 [0, 1] |" in written
+    assert "†" not in written
     image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * 2)
+    lines[-2] |= {"same_place": True}
+    written = report.markdown(SUBJECT, [{**one, "seed": seed} for seed in (1, 0) for one in lines])
+    assert re.search(r"\| 128 \| 8 to 10 \| 0.0000 \[.+\] \| 0.5000 \[.+\]† \| 1.0000 \[[^†]+\] \|", written)
+    assert "† Facts stand where they do at the depth before" in written
 
 
 def test_an_oracle_stands_beside_the_memories() -> None:
