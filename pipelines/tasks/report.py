@@ -92,7 +92,9 @@ def pooled(lines: Sequence[Line]) -> list[Line]:
 
 
 def _pool(lines: Sequence[Line]) -> Line:
-    """Fractions of samples as that of all samples, with its interval; other figures as their mean."""
+    """Fractions of samples as that of all samples, with its interval; counts as their sum, others as their mean."""
+    if lines[0]["metric"] in (NOT_FINITE, UNWRITTEN):  # told by the seeds that have some
+        return {**lines[0], "value": sum(line["value"] for line in lines)}
     if any("low" not in line for line in lines):
         return {**lines[0], "value": sum(line["value"] for line in lines) / len(lines)}
     num = sum(line["num_samples"] for line in lines)
@@ -256,7 +258,10 @@ def _notes(lines: Sequence[Line]) -> list[str]:
             "others."
         )
     if any(line["metric"] == ORACLE for line in lines):
-        notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
+        notes.append(
+            "The oracle knows the counts of the text's last quarter, and at every place the true symbols before it; "
+            "nothing else."
+        )
     notes.extend(_read_of_held_out(lines))
     told = [line for line in lines if "memory" in line]
     measured = [{line["memory"] for line in told if line["length"] == length} for length in distinct(lines, "length")]

@@ -523,6 +523,18 @@ def test_seeds_are_pooled_with_the_interval_of_all_their_samples() -> None:
     assert f"| 64 | 20 | 0.0625 | {cell} | {cell} | {cell} |" in written
 
 
+def test_counts_of_samples_are_summed_over_the_seeds_that_have_some() -> None:
+    lines = [{**accuracy(64, memory, 0.2), "seed": seed} for memory in MEMORIES for seed in range(3)]
+    for metric, nums in (("num_not_finite", (3, 2)), ("num_unwritten", (1, 4))):
+        for seed, num in zip((0, 2), nums, strict=True):
+            figure = Figure(metric, num, "true" if metric == "num_not_finite" else None)
+            lines.append({**line("recall", 64, figure), "seed": seed})
+    written = report.markdown(SUBJECT, lines)
+    assert "| 64 | 30 | 0.0625 | 0.2000 [" in written
+    assert "### num not finite\n\n| tokens | true |\n| ---: | ---: |\n| 64 | 5 |" in written
+    assert "### num unwritten\n\n| tokens | value |\n| ---: | ---: |\n| 64 | 5 |" in written
+
+
 def test_depths_have_a_table_and_a_heat_map() -> None:
     lines = [accuracy(length, memory, 0.5) for length in (64, 128) for memory in MEMORIES]
     for length in (64, 128):
@@ -548,5 +560,5 @@ def test_an_oracle_stands_beside_the_memories() -> None:
     lines.append(line("sorting", 64, Figure("oracle", 0.375, num_samples=4, low=0.25, high=0.5)))
     written = report.markdown(SUBJECT, lines)
     assert "| 64 | 4 | 0.3750 [0.2500, 0.5000] |" in written
-    assert "last quarter" in written
+    assert "last quarter, and at every place the true symbols before it" in written
     report.plot(SUBJECT, lines)
