@@ -281,6 +281,9 @@ def _explain(fault: Mapping[str, Any], names: list[str]) -> str:
         return f"{option} is required"
     if fault["type"] == "extra_forbidden":
         return f"unknown setting {dotted}{_nearest(dotted, names, '')}"
+    if fault["type"] == "too_short":
+        least = int(fault["ctx"]["min_length"])
+        return f"{option} needs at least {least} {'value' if least == 1 else 'values'}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ").removeprefix("a valid ")
     if fault["type"] == "value_error" and not place:

@@ -36,7 +36,7 @@ from pipelines.config import Config, Count, InputError, canonical_json, split_co
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
 from pipelines.tasks import TASKS, report
-from pipelines.tasks.base import DOES_NOT_FIT, QUESTIONS_VERSION, Figure, Material
+from pipelines.tasks.base import DOES_NOT_FIT, MAX_LENGTH, QUESTIONS_VERSION, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
@@ -72,9 +72,9 @@ class EvaluateConfig(Config):
     task: Annotated[list[str], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
         ["perplexity", "recall"], min_length=1, description=f"what to measure: {', '.join(TASKS)}"
     )
-    lengths: Annotated[list[Count], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
-        [4096], min_length=1, description="lengths of the texts in tokens (4k, 64k, 1m)"
-    )
+    lengths: Annotated[
+        list[Annotated[Count, pydantic.Field(ge=1, le=MAX_LENGTH)]], pydantic.BeforeValidator(split_commas)
+    ] = pydantic.Field([4096], min_length=1, description="lengths of the texts in tokens (4k, 64k, 1m)")
     data: str | None = pydantic.Field(
         None,
         description="held-out text: a segment store or a UTF-8 text file, on disk or s3:// (none: the embedded book)",

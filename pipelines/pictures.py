@@ -26,7 +26,7 @@ from pipelines.config import Config, Count, InputError, split_commas
 from pipelines.data.tokenise import Tokenizer
 from pipelines.job import run_job
 from pipelines.tasks import attention, slots, slots_picture
-from pipelines.tasks.base import device_of, segments
+from pipelines.tasks.base import MAX_LENGTH, device_of, segments
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.running import load
 from pipelines.tasks.samples import Wanted, segment_start
@@ -44,7 +44,7 @@ class PicturesConfig(Config):
         [], description="what to draw: slots, attention (none: what the model's memory allows)"
     )
     task: str = pydantic.Field("detect", description="task whose texts are read, with facts at chosen depths")
-    length: Count = pydantic.Field(4096, ge=1, description="length of the texts in tokens (4k, 64k, 1m)")
+    length: Count = pydantic.Field(4096, ge=1, le=MAX_LENGTH, description="length of the texts in tokens (4k, 64k, 1m)")
     background: Literal["prose", "noise"] = pydantic.Field(
         "prose", description="text around a fact: prose (of the held-out text) or noise (random letters)"
     )

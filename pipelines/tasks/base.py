@@ -30,6 +30,7 @@ from rmt_core.state import State
 
 TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
 QUESTIONS_VERSION = 3  # of what tasks draw and read and how they mark: raised with every change, so that none are mixed
+MAX_LENGTH = 2**32  # tokens of a text
 DOES_NOT_FIT = "does_not_fit"  # in place of all figures: the bytes that keys and values of full attention need
 
 _AHEAD = 2**12  # tokens of a row that are made at once
