@@ -142,6 +142,23 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     assert "nothing to do" in "\n".join(again.err)
     assert [path.stat().st_mtime_ns for path in output.iterdir()] == times
 
+    turned = [{"perplexity,recall": "recall,perplexity", "64,100": "100,64"}.get(str(word), word) for word in words]
+    assert run(*turned).result == result
+    table, plot = (output / "results.md").read_bytes(), (output / "results.png").read_bytes()
+    (output / "results.md").unlink()
+    (output / "results.png").unlink()
+    again = run(*words)
+    assert again.result == result
+    assert "nothing to do" not in "\n".join(again.err)
+    assert (output / "results.md").read_bytes() == table
+    assert (output / "results.png").read_bytes() == plot
+    for name in ("metrics.jsonl", "costs.jsonl"):
+        (output / name).rename(tmp_path / name)
+        lost = run(*words)
+        assert lost.code == 2
+        assert f"is a finished evaluation without {name}; put it back" in lost.err[-1]
+        (tmp_path / name).rename(output / name)
+
     other = run(*words[:-1], 8)
     assert other.code == 2
     assert "seed 7 there, 8 asked for" in other.err[-1]
@@ -189,12 +206,14 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
     assert len([name for name in storage.list_names(str(output)) if name.startswith("run-")]) == 3
     other = run(*words, "--batch-size", 2, "--output", output)
     assert other.code == 2
-    assert "unfinished evaluation made otherwise" in other.err[-1]
+    assert "unfinished evaluation made otherwise: batch_size 8 there, 2 asked for; go on" in other.err[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "QUESTIONS_VERSION", 1)
         assert run(*words, "--output", output).code == 2
     monkeypatch.setattr(evaluate, "_measure", watched)
-    assert run(*words, "--output", output).result["metrics"] == wanted
+    turned = [{"recall,sorting": "sorting,recall", "96,128": "128,96"}.get(str(word), word) for word in words]
+    found = run(*turned, "--output", output).result["metrics"]
+    assert sorted(found, key=wanted.index) == wanted
     assert len(asked) == 5
     assert {(line["task"], line["length"], line["seed"]) for line in wanted} == {
         (task, length, seed) for task in ("recall", "sorting") for length in (96, 128) for seed in (4, 5)
