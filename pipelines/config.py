@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import re
+import shlex
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,22 @@ def canonical_json(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """SHA-256 (64 hex digits) of a JSON-able value; people are shown the first 16."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def as_command(job: str, config: Config, left_out: Sequence[str] = ()) -> str:
+    """What to type for a configuration: the settings that were given, with DIR as the output."""
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote('DIR' if name == 'output' else _typed(getattr(config, name)))}"
+        for name in type(config).model_fields
+        if name in config.model_fields_set and name not in left_out
+    ]
+    return " ".join([f"python pipelines/{job}.py", *words])
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 # --- the command line -------------------------------------------------------------------------------
@@ -281,6 +298,9 @@ def _explain(fault: Mapping[str, Any], names: list[str]) -> str:
         return f"{option} is required"
     if fault["type"] == "extra_forbidden":
         return f"unknown setting {dotted}{_nearest(dotted, names, '')}"
+    if fault["type"] == "too_short":
+        least = int(fault["ctx"]["min_length"])
+        return f"{option} needs at least {least} {'value' if least == 1 else 'values'}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ").removeprefix("a valid ")
     if fault["type"] == "value_error" and not place:

@@ -6,7 +6,8 @@ Every figure is measured with the true memory, with a zeroed one and with anothe
 and the peak of memory that each task took at each length. With `--attention full` a model without memory has the whole
 text in context instead, up to the length where its keys and values no longer fit. The output holds
 metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
-nothing, or goes on where it was interrupted; another model or other settings on the same output are refused.
+nothing, or goes on where it was interrupted, or makes a table or plot again that is gone; another model or other
+settings on the same output are refused.
 """
 
 import sys
@@ -21,7 +22,6 @@ import json
 import logging
 import math
 import re
-import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -32,11 +32,11 @@ import ray
 
 from pipelines import storage
 from pipelines.cluster import connect, pool
-from pipelines.config import Config, Count, InputError, canonical_json, split_commas
+from pipelines.config import Config, Count, InputError, as_command, canonical_json, split_commas
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
 from pipelines.tasks import TASKS, report
-from pipelines.tasks.base import DOES_NOT_FIT, QUESTIONS_VERSION, Figure, Material
+from pipelines.tasks.base import DOES_NOT_FIT, MAX_LENGTH, QUESTIONS_VERSION, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
@@ -72,9 +72,9 @@ class EvaluateConfig(Config):
     task: Annotated[list[str], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
         ["perplexity", "recall"], min_length=1, description=f"what to measure: {', '.join(TASKS)}"
     )
-    lengths: Annotated[list[Count], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
-        [4096], min_length=1, description="lengths of the texts in tokens (4k, 64k, 1m)"
-    )
+    lengths: Annotated[
+        list[Annotated[Count, pydantic.Field(ge=1, le=MAX_LENGTH)]], pydantic.BeforeValidator(split_commas)
+    ] = pydantic.Field([4096], min_length=1, description="lengths of the texts in tokens (4k, 64k, 1m)")
     data: str | None = pydantic.Field(
         None,
         description="held-out text: a segment store or a UTF-8 text file, on disk or s3:// (none: the embedded book)",
@@ -179,10 +179,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if unread := [task for task in config.task if _READ_BY_TASKS[field] not in TASKS[task].settings]:
             log.info("--%s is not read by %s", field.replace("_", "-"), ", ".join(unread))
     subject, material, identity = _inspect(config, model_uri)
-    if _is_finished(output, identity):
-        log.info("%s is already measured with these settings: nothing to do", output)
-        lines = [json.loads(line) for line in storage.read_bytes(storage.join(output, METRICS)).splitlines()]
-        return _summary(output, lines)
+    if (finished := _finished(output, identity)) is not None:
+        return _found(config, output, subject, finished["made_by"])
     runs = _runs(config, model_uri)
     kept = _begin(output, identity, runs)
     if len(kept) < len(runs):
@@ -196,7 +194,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for name, data in (
         (METRICS, _as_lines(line for line in lines if line["metric"] not in COSTS)),
         (COST_LINES, _as_lines(line for line in lines if line["metric"] in COSTS)),
-        (TABLE, f"{report.markdown(subject, lines)}\n{in_words(made_by)}:\n\n    {_command(config)}\n".encode()),
+        (TABLE, _table(config, subject, lines, made_by)),
         (PLOT, report.plot(subject, lines)),
     ):
         storage.write_bytes(storage.join(output, name), data)
@@ -208,21 +206,33 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return _summary(output, [line for line in lines if line["metric"] not in COSTS])
 
 
-def _command(config: EvaluateConfig) -> str:
-    """What to type for these figures: the settings that were given."""
-    given = [(name, getattr(config, name)) for name in type(config).model_fields if name in config.model_fields_set]
-    words = [
-        f"--{name.replace('_', '-')} {shlex.quote('DIR' if name == 'output' else _shown_whole(value))}"
-        for name, value in given
-        if name != "num_cpus"
-    ]
-    return " ".join(["python pipelines/evaluate.py", *words])
+def _found(config: EvaluateConfig, output: str, subject: Subject, made_by: dict[str, str]) -> dict[str, Any]:
+    """What was measured already; a table or plot that is gone is made again. InputError where figures are gone."""
+    names = storage.list_names(output)
+    for name in (METRICS, COST_LINES):
+        if name not in names:
+            raise InputError(
+                f"{output} is a finished evaluation without {name}; put it back, give another --output or delete it"
+            )
+    metrics, costs = (
+        [json.loads(line) for line in storage.read_bytes(storage.join(output, name)).splitlines()]
+        for name in (METRICS, COST_LINES)
+    )
+    gone = [name for name in (TABLE, PLOT) if name not in names]
+    for name in gone:
+        log.info("%s is gone and made again", storage.join(output, name))
+        lines = [*metrics, *costs]
+        data = _table(config, subject, lines, made_by) if name == TABLE else report.plot(subject, lines)
+        storage.write_bytes(storage.join(output, name), data)
+    if not gone:
+        log.info("%s is already measured with these settings: nothing to do", output)
+    return _summary(output, metrics)
 
 
-def _shown_whole(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+def _table(config: EvaluateConfig, subject: Subject, lines: Sequence[dict[str, Any]], made_by: dict[str, str]) -> bytes:
+    """With what to type for these figures."""
+    words = as_command("evaluate", config, left_out=("num_cpus",))
+    return f"{report.markdown(subject, lines)}\n{in_words(made_by)}:\n\n    {words}\n".encode()
 
 
 def _as_lines(lines: Iterable[dict[str, Any]]) -> bytes:
@@ -280,8 +290,8 @@ def _inspect(config: EvaluateConfig, model_uri: str) -> tuple[Subject, Material,
     return subject, material, identity
 
 
-def _is_finished(output: str, identity: dict[str, Any]) -> bool:
-    """Whether just this has been measured there; InputError where the directory holds anything else."""
+def _finished(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The config.json there, if just this has been measured; InputError where the directory holds anything else."""
     if storage.exists(output) and not storage.is_directory(output):
         raise InputError(f"{output} is a file; --output needs a directory")
     names = storage.list_names(output)
@@ -290,32 +300,36 @@ def _is_finished(output: str, identity: dict[str, Any]) -> bool:
     if foreign or content == {}:
         shown = foreign[0] if foreign else f"another {CONFIG}"
         raise InputError(f"{output} is not empty and no evaluation (it holds {shown}); give another --output")
-    if content is None:
-        return False
-    there = content["identity"]
-    differences = [
-        f"{name} {_shown(there.get(name))} there, {_shown(identity.get(name))} asked for"
-        for name in {**there, **identity}
-        if there.get(name) != identity.get(name)
-    ]
-    if differences:
+    if content is not None and (differences := _differences(content["identity"], identity)):
         raise InputError(
-            f"{output} is a finished evaluation made otherwise: {'; '.join(differences)}; give another --output or "
-            "delete it"
+            f"{output} is a finished evaluation made otherwise: {differences}; give another --output or delete it"
         )
-    return True
+    return content
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What was asked for otherwise, in words; tasks and lengths in another order are the same."""
+    return "; ".join(
+        f"{name} {_shown(there.get(name))} there, {_shown(asked.get(name))} asked for"
+        for name in {**there, **asked}
+        if _in_order(name, there.get(name)) != _in_order(name, asked.get(name))
+    )
+
+
+def _in_order(name: str, value: Any) -> Any:
+    return sorted(value) if name in ("task", "lengths") and isinstance(value, list) else value
 
 
 def _begin(output: str, identity: dict[str, Any], runs: Sequence[Run]) -> dict[Run, list[Figure]]:
     """Notes what is measured; gives what an interrupted evaluation of just this has measured already."""
     names = storage.list_names(output)
-    there = storage.read_json(storage.join(output, PARTIAL)) if PARTIAL in names else None
+    there = storage.read_json(storage.join(output, PARTIAL)) if PARTIAL in names else {}
     known = {_run_name(run): run for run in runs}
-    if there != identity:
+    if differences := _differences(there, identity):
         if any(_RUN_NAME.fullmatch(name) for name in names):
             raise InputError(
-                f"{output} is an unfinished evaluation made otherwise; go on with its settings, give another --output "
-                "or delete it"
+                f"{output} is an unfinished evaluation made otherwise: {differences}; go on with its settings, give "
+                "another --output or delete it"
             )
         storage.write_json(storage.join(output, PARTIAL), identity)
         return {}

@@ -4,7 +4,8 @@
 
 Texts of the task begin with their facts. slots.png and slots.md (memories rmt and memformer): what each memory token
 or slot keeps, how it moves, and how well the fact can be read from it. attention.png, attention_by_layer.png and
-attention.md (memories that are rows among the text's): where attention goes in the segment that asks.
+attention.md (memories that are rows among the text's): where attention goes in the segment that asks. Earlier pictures
+in the same directory are replaced.
 """
 
 import sys
@@ -14,6 +15,7 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -22,11 +24,12 @@ import torch
 
 import rmt_core
 from pipelines import storage
-from pipelines.config import Config, Count, InputError, split_commas
+from pipelines.config import Config, Count, InputError, as_command, split_commas
 from pipelines.data.tokenise import Tokenizer
 from pipelines.job import run_job
+from pipelines.origin import in_words, origin
 from pipelines.tasks import attention, slots, slots_picture
-from pipelines.tasks.base import device_of, segments
+from pipelines.tasks.base import MAX_LENGTH, device_of, segments
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.running import load
 from pipelines.tasks.samples import Wanted, segment_start
@@ -36,6 +39,12 @@ from rmt_core import RecurrentModel
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.pictures")
 
+SLOTS = SLOTS_PLOT, SLOTS_TABLE = "slots.png", "slots.md"
+ATTENTION = MAPS, BY_LAYER, ATTENTION_TABLE = "attention.png", "attention_by_layer.png", "attention.md"
+OWN_NAMES = (*SLOTS, *ATTENTION)
+_READ_OTHERWISE = "armt is read through associations, not by attention"
+_OF_OTHERS = re.compile(r"config(\.partial)?\.json")  # of a run or a model
+
 
 class PicturesConfig(Config):
     model: str = pydantic.Field(description="directory of a trained model, on disk or s3://")
@@ -44,7 +53,7 @@ class PicturesConfig(Config):
         [], description="what to draw: slots, attention (none: what the model's memory allows)"
     )
     task: str = pydantic.Field("detect", description="task whose texts are read, with facts at chosen depths")
-    length: Count = pydantic.Field(4096, ge=1, description="length of the texts in tokens (4k, 64k, 1m)")
+    length: Count = pydantic.Field(4096, ge=1, le=MAX_LENGTH, description="length of the texts in tokens (4k, 64k, 1m)")
     background: Literal["prose", "noise"] = pydantic.Field(
         "prose", description="text around a fact: prose (of the held-out text) or noise (random letters)"
     )
@@ -71,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(config: PicturesConfig) -> dict[str, Any]:
     """Reads texts and draws; where the pictures and tables are. Raises InputError."""
     uri, output = storage.absolute(config.model), storage.absolute(config.output)
+    if any(_OF_OTHERS.fullmatch(name) for name in storage.list_names(output)):
+        raise InputError(f"--output {output} holds a run of another command, or a model; give a directory of its own")
     model, tokenizer = load(uri, config.device)
     texts = _texts(config, model, tokenizer)
     chosen = _chosen(config, model, texts)
@@ -80,9 +91,19 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
         files |= _slots(config, model, texts, about)
     if "attention" in chosen:
         files |= _attention(config, model, texts, about)
+    end = _about_model(config, model, about).encode()
     for name, data in files.items():
-        storage.write_bytes(storage.join(output, name), data)
+        storage.write_bytes(storage.join(output, name), data + end if name in (SLOTS_TABLE, ATTENTION_TABLE) else data)
+    for name in [name for name in storage.list_names(output) if name in OWN_NAMES and name not in files]:
+        log.info("%s of earlier pictures is deleted", storage.join(output, name))
+        storage.delete(storage.join(output, name))
     return {"output": output, "pictures": chosen, "files": [storage.join(output, name) for name in files]}
+
+
+def _about_model(config: PicturesConfig, model: RecurrentModel, about: str) -> str:
+    """The end of a page: of which model the pictures are, and what to type for them."""
+    which = f"Model `{rmt_core.fingerprint(model)[:16]}`, {about}."
+    return f"\n{which} {in_words(origin())}:\n\n    {as_command('pictures', config)}\n"
 
 
 def _chosen(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts) -> list[str]:
@@ -108,9 +129,11 @@ def _check_slots(model: RecurrentModel, texts: slots.Texts) -> None:
 
 
 def _check_attention(model: RecurrentModel, texts: slots.Texts) -> None:
+    kinds = " with ".join(settings["kind"] for settings in model.config.memory)
     if not model.memory.has_rows_only:
-        kinds = " with ".join(settings["kind"] for settings in model.config.memory)
         raise InputError(f"attention: memory {kinds} is not rows among the text's; use rmt or armt")
+    if not model.memory.rows_before and not model.memory.rows_after:
+        raise InputError(f"attention: memory {kinds} has no rows to read or write; use rmt or armt")
 
 
 def _texts(config: PicturesConfig, model: RecurrentModel, tokenizer: Tokenizer) -> slots.Texts:
@@ -124,8 +147,8 @@ def _slots(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, ab
     found = slots.read_out(trace, texts.facts)
     shown = Shown(about, "slot" if model.config.memory[0]["kind"] == "memformer" else "token")
     return {
-        "slots.png": slots_picture.plot(trace, found, shown),
-        "slots.md": slots_picture.table(trace, found, shown).encode(),
+        SLOTS_PLOT: slots_picture.plot(trace, found, shown),
+        SLOTS_TABLE: slots_picture.table(trace, found, shown).encode(),
     }
 
 
@@ -150,10 +173,14 @@ def _attention(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts
     maps = rmt_core.attention_maps(model, tokens[0, : int(lengths[0])], rmt_core.state.select(before, [0]))
     by_head = maps.weights.shape[0] * maps.weights.shape[1] <= attention.MAX_PANELS  # else one a layer
     title = f"{about}, the segment that asks (its {int(lengths[0])} tokens up to the answer)"
+    table = attention.mass_table(masses)
+    if any(settings["kind"] == "armt" for settings in model.config.memory):
+        title = f"{title}; {_READ_OTHERWISE}"
+        table = f"{table}\nNot shown: {_READ_OTHERWISE}.\n"
     return {
-        "attention.png": attention.heat_maps(maps, title, by_head=by_head),
-        "attention_by_layer.png": attention.mass_chart(masses, f"{title}, mean of {len(rows)} texts and of heads"),
-        "attention.md": attention.mass_table(masses).encode(),
+        MAPS: attention.heat_maps(maps, title, by_head=by_head),
+        BY_LAYER: attention.mass_chart(masses, f"{title}, mean of {len(rows)} texts and of heads"),
+        ATTENTION_TABLE: table.encode(),
     }
 
 

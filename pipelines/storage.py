@@ -63,7 +63,8 @@ _SETTLED_S = 1.0  # after a file was written to S3, everybody who saw none has w
 
 def _info(uri: str) -> pyarrow.fs.FileInfo:
     files, path = filesystem(uri)
-    return files.get_file_info(path)
+    with _faults(uri):
+        return files.get_file_info(path)
 
 
 def exists(uri: str) -> bool:

@@ -30,7 +30,17 @@ class TruncatedError(OSError):
 
 
 Kind = Literal[
-    "credentials", "no_bucket", "denied", "region", "clock", "passing", "full", "read_only", "in_the_way", "other"
+    "credentials",
+    "no_bucket",
+    "denied",
+    "region",
+    "clock",
+    "passing",
+    "full",
+    "read_only",
+    "in_the_way",
+    "name",
+    "other",
 ]
 
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -67,6 +77,7 @@ _DISK_KINDS: dict[int, Kind] = {
     errno.EACCES: "denied",
     errno.EPERM: "denied",
     errno.ENOTDIR: "in_the_way",
+    errno.ENAMETOOLONG: "name",
     errno.ESTALE: "passing",  # NFS: the file was replaced by another host between two calls
 }
 
@@ -132,7 +143,7 @@ def shown(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def disk_faults(uri: str) -> Iterator[None]:
-    """Turns what the disk refuses in the block into one line: full, read-only, no permission."""
+    """Turns what the disk refuses in the block into one line: full, read-only, no permission, too long a name."""
     try:
         yield
     except StorageError:
@@ -147,6 +158,8 @@ def disk_faults(uri: str) -> Iterator[None]:
             raise RefusedError(f"{uri}: the disk is read-only ({shown(error)}); give another path") from error
         if kind == "in_the_way":
             raise RefusedError(f"{uri}: a file stands where a directory is needed; give another path") from error
+        if kind == "name":
+            raise RefusedError(f"{uri}: the name is too long for the disk; give a shorter path") from error
         if kind == "denied":
             raise RefusedError(
                 f"{uri}: no permission ({shown(error)}); check its owner, or give another path"

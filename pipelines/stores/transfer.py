@@ -73,6 +73,8 @@ def make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
+    except FileNotFoundError as error:  # the system's own folders, such as /proc
+        raise PermissionError(errno.EPERM, "nothing can be made there", str(path.parent)) from error
 
 
 def put_directory(local: Path, final: Path) -> None:

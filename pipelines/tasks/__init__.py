@@ -19,6 +19,7 @@ _PLACED: dict[str, Maker] = {
     **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
     "needle": needle.needle,
 }
+_FAMILIES = {"join_marked": "join", "join_leads": "join"}  # about the same texts
 # Facts that come first, or all over the text.
 _FIRST: dict[str, Maker] = {
     "memorise": recall.memorise,
@@ -41,7 +42,7 @@ _OWN_TEXT: dict[str, Maker] = {"sorting": symbols.sorting, "cwe": ruler.common_w
 
 TASKS: dict[str, Task] = {
     "perplexity": Perplexity(),
-    **{name: QuestionTask(name, make, has_depths=True) for name, make in _PLACED.items()},
+    **{name: QuestionTask(name, make, has_depths=True, family=_FAMILIES.get(name)) for name, make in _PLACED.items()},
     **{name: QuestionTask(name, make) for name, make in _FIRST.items()},
     **{
         name: QuestionTask(name, make, has_background=False, has_depths=True) for name, make in _OWN_TEXT_PLACED.items()

@@ -184,15 +184,20 @@ _QUESTIONS = {"qa1": _where_people, "qa2": _where_things, "qa3": _where_before, 
 
 
 def _relations(generator: np.random.Generator) -> Story:
-    """A place with one on either side of it: which is where, or which is it beside."""
+    """A place with one on either side of it: which lies next to which, asked from either side of either fact."""
     ahead, middle, behind = (PLACES[i] for i in generator.choice(len(PLACES), 3, replace=False))
     way = list(OPPOSITE)[int(generator.integers(len(OPPOSITE)))]
-    facts = [_relation(ahead, way, middle, generator), _relation(middle, way, behind, generator)]
+    pairs = ((ahead, middle), (middle, behind))
+    facts = [_relation(a, way, b, generator) for a, b in pairs]
     questions = [
-        (f"What is {way} of the {middle}?", ahead),
-        (f"What is {OPPOSITE[way]} of the {middle}?", behind),
-        (f"What is the {middle} {way} of?", behind),
-        (f"What is the {middle} {OPPOSITE[way]} of?", ahead),
+        question
+        for a, b in pairs
+        for question in (
+            (f"What is {way} of the {b}?", a),
+            (f"What is {OPPOSITE[way]} of the {a}?", b),
+            (f"What is the {a} {way} of?", b),
+            (f"What is the {b} {OPPOSITE[way]} of?", a),
+        )
     ]
     question, answer = questions[int(generator.integers(len(questions)))]
     return Story([facts[i] for i in generator.permutation(2)], question, answer)

@@ -6,7 +6,7 @@ aside; and lax, the right label among whatever else. A full stop behind the answ
 what the strict mark reads, but the answer is the label alone: nothing but that has to be written to be right to the
 letter.
 
-As published, facts stand between sentences: behind a token that ends one, where the prose has one before their place.
+As published, facts stand between sentences: behind a token that ends one, the nearest to their place.
 A story that the wanted length does not hold is drawn again a few times, so that short texts hold short stories alone.
 
 Deviations of the strict mark: labels are whole words, where the published code finds them inside of others, so that

@@ -29,7 +29,8 @@ from rmt_core import FullContext, RecurrentModel
 from rmt_core.state import State
 
 TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
-QUESTIONS_VERSION = 2  # of what tasks draw and read and how they mark: raised with every change, so that none are mixed
+QUESTIONS_VERSION = 3  # of what tasks draw and read and how they mark: raised with every change, so that none are mixed
+MAX_LENGTH = 2**32  # tokens of a text
 DOES_NOT_FIT = "does_not_fit"  # in place of all figures: the bytes that keys and values of full attention need
 
 _AHEAD = 2**12  # tokens of a row that are made at once
@@ -46,6 +47,7 @@ class Figure(NamedTuple):
     num_segments: int | None = None  # segments from that one on that it is about; None: the one
     num_tokens: int | None = None  # tokens that it is a mean over
     depth: float | None = None  # where facts stand, in [0, 1]
+    same_place: bool | None = None  # facts mostly stand where they do at the depth before this one: the text is short
     num_samples: int | None = None  # samples that it is a fraction of, or rows of text that it is a mean over
     num_texts: float | None = None  # texts of the length that were read at this cost
     num_at_once: int | None = None  # runs that could be under way at once, this one among them

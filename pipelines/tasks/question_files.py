@@ -67,12 +67,12 @@ def read(uri: str) -> list[Question]:
         raise InputError(f"--questions {uri}: fields {', '.join(rows[0])} are of no known form ({known})")
     found = []
     for number, row in enumerate(form.merged(rows) if form.merged else rows, 1):
+        if missing := sorted(form.fields - row.keys()):
+            raise InputError(f"--questions {uri}: row {number} is no row of {form.name}: it has no {missing[0]}")
         try:
             found.append(_encodable(form.question(row)))
         except InputError as error:
             raise InputError(f"--questions {uri}: row {number}: {error}") from error
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"--questions {uri}: row {number} is no row of {form.name}: {error!r}") from error
     return found
 
 
@@ -124,10 +124,10 @@ def _rows(uri: str) -> Iterator[Any]:
 
 
 def _babilong(row: Mapping[str, Any]) -> Question:
-    question, target = row["question"].strip(), row["target"].strip()
+    question, target = _text_of("question", row["question"]).strip(), _text_of("target", row["target"]).strip()
     labels = _labels(question, target)
     return Question(
-        row["input"] + QUESTION.format(question),
+        _text_of("input", row["input"]) + QUESTION.format(question),
         f" {target}",
         (
             Scorer(STRICT, lambda written: float(names_only(published_sentence(written), question, target, labels))),
@@ -154,7 +154,9 @@ _RULER = {  # words of a task's prompt -> its kind; other tasks are needles
 
 
 def _ruler(row: Mapping[str, Any]) -> Question:
-    expected, prompt = _answers(row, "outputs"), row["input"] + row.get("answer_prefix", "")
+    prefix = row.get("answer_prefix")
+    prompt = _text_of("input", row["input"]) + ("" if prefix is None else _text_of("answer_prefix", prefix))
+    expected = _answers(row, "outputs")
     kind = next((kind for words, kind in _RULER.items() if words in prompt), "niah")
     wanted = [[one] for one in expected] if kind == "qa" else [expected]  # any of them, or all
     scorer = Scorer(MATCH, lambda written: max(string_match(written, group) for group in wanted))
@@ -163,7 +165,7 @@ def _ruler(row: Mapping[str, Any]) -> Question:
 
 def _answers(row: Mapping[str, Any], field: str) -> list[str]:
     """Texts of a list that holds at least one."""
-    given = row[field]
+    given = row.get(field)
     if not isinstance(given, list) or not given or not all(isinstance(one, str | int | float) for one in given):
         raise InputError(f"its {field} are {json.dumps(given, default=str)[:60]}, no list of one text or more")
     return [str(one) for one in given]
@@ -210,7 +212,7 @@ def _longbench(row: Mapping[str, Any]) -> Question:
     if data_set.metric == ROUGE_L:
         require_extra("rouge", job=f"LongBench's {name}")
     if data_set.metric == CLASSES:
-        mark = partial(mark, classes=list(row["all_classes"]))
+        mark = partial(mark, classes=_answers(row, "all_classes"))
     scorers = [_best(data_set.metric, mark, expected)]
     if data_set.metric == F1:
         scorers.append(_best(EM, marking.exact_match, expected))

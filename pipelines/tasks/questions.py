@@ -9,7 +9,9 @@ an ablated memory is given again before every segment that it begins in writing.
 Axes: B rows, T tokens of a segment, D width, V vocabulary.
 """
 
+import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -43,6 +45,8 @@ from rmt_core.state import State
 
 ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
 UNWRITTEN = "num_unwritten"  # samples behind whose text full attention has no room to write
+_SHORT = 4096  # tokens, up to which depths may give the same place
+_PROBES = 8  # texts that tell whether they do
 _NOTHING = -1  # in place of a token where values are no numbers
 NOT_FINITE = "num_not_finite"  # samples at whose answers a model's values are no numbers, as where a state overflows
 
@@ -68,15 +72,25 @@ class _Read(NamedTuple):
 class QuestionTask:
     """Accuracy of the answers to texts of `length` tokens, answers included.
 
-    `has_background` where facts stand in prose or noise; `has_depths` where they may be put at chosen depths.
+    `has_background` where facts stand in prose or noise; `has_depths` where they may be put at chosen depths. Tasks of
+    one `family` draw alike, others apart.
     """
 
-    def __init__(self, name: str, make: Maker, *, has_background: bool = True, has_depths: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Maker,
+        *,
+        has_background: bool = True,
+        has_depths: bool = False,
+        family: str | None = None,
+    ) -> None:
         self.name = name
         self.make = make
         reads = {"held_out", "background"} if has_background else set()
         self.settings = frozenset({"num_samples", "seed", *reads, *({"depths"} if has_depths else ())})
         self._has_depths = has_depths
+        self._family = zlib.crc32((family or name).encode())
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         check_length(self.name, length, segment_len)
@@ -97,14 +111,30 @@ class QuestionTask:
         def draw(index: int) -> Sample:
             return self._sample(index, length, model.segment_len, material)
 
-        return measured(model, material.num_samples, draw, material)
+        found = measured(model, material.num_samples, draw, material)
+        same = self._same_places(length, model.segment_len, material)
+        return [one._replace(same_place=True) if one.metric == AT_DEPTH and one.depth in same else one for one in found]
+
+    def _same_places(self, length: int, segment_len: int, material: Material) -> set[float]:
+        """Depths at which the facts of most texts stand where they do at the depth before; of short texts alone."""
+        depths = sorted(material.depths) if self._has_depths and length <= _SHORT else []
+        read = {}
+        for depth in depths:
+            asked = replace(material, depths=(depth,))
+            samples = [self._sample(index, length, segment_len, asked) for index in range(_PROBES)]
+            read[depth] = [texts.whole(sample.stream).tobytes() for sample in samples]
+        return {
+            depth
+            for before, depth in itertools.pairwise(depths)
+            if 2 * sum(a == b for a, b in zip(read[before], read[depth], strict=True)) > _PROBES
+        }
 
     def _sample(self, index: int, length: int, segment_len: int, material: Material) -> Sample:
         """The same one for the same seed and length; drawing takes no time to speak of, the text is made when read."""
         depths = material.depths if self._has_depths else ()
         wanted = Wanted(length, segment_len, depths[index % len(depths)] if depths else None)
         scene = Scene(material.tokenizer, _background(material))
-        return self.make(scene, wanted, np.random.default_rng((material.seed, length, index)))
+        return self.make(scene, wanted, np.random.default_rng((material.seed, length, index, self._family)))
 
 
 def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], material: Material) -> list[Figure]:

@@ -94,7 +94,9 @@ def pooled(lines: Sequence[Line]) -> list[Line]:
 
 
 def _pool(lines: Sequence[Line]) -> Line:
-    """Fractions of samples as that of all samples, with its interval; other figures as their mean."""
+    """Fractions of samples as that of all samples, with its interval; counts as their sum, others as their mean."""
+    if lines[0]["metric"] in (NOT_FINITE, UNWRITTEN):  # told by the seeds that have some
+        return {**lines[0], "value": sum(line["value"] for line in lines)}
     if any("low" not in line for line in lines):
         return {**lines[0], "value": sum(line["value"] for line in lines) / len(lines)}
     num = sum(line["num_samples"] for line in lines)
@@ -104,6 +106,8 @@ def _pool(lines: Sequence[Line]) -> Line:
     about = {"chance": sum(chances) / len(chances)} if chances else {}
     if any(line.get("needs_memory") is False for line in lines):
         about["needs_memory"] = False
+    if any(line.get("same_place") for line in lines):
+        about["same_place"] = True
     return {**lines[0], **about, "value": num_right / num, "num_samples": num, "low": low, "high": high}
 
 
@@ -201,12 +205,16 @@ def _depth_table(metric: str, lines: Sequence[Line]) -> str:
         [
             f"{length:,}",
             num_samples([line for (at, _), line in mine.items() if at == length]),
-            *(cell(mine.get((length, depth))) for depth in depths),
+            *(_at_depth(mine.get((length, depth))) for depth in depths),
         ]
         for length in distinct(lines, "length")
     ]
     heads = ["tokens", "samples a depth", *(f"depth {depth:g}" for depth in depths)]
     return titled(f"{metric}, true memory", heads, rows)
+
+
+def _at_depth(line: Line | None) -> str:
+    return f"{cell(line)}†" if line is not None and line.get("same_place") else cell(line)
 
 
 def num_samples(lines: Sequence[Line]) -> str:
@@ -258,6 +266,10 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         )
     if any(line.get("needs_memory") is False for line in lines):
         notes.append(NEEDS_NONE)
+    if any(line.get("same_place") for line in lines):
+        notes.append(
+            "† Facts stand where they do at the depth before, in most texts: these are too short to tell the two apart."
+        )
     if any(line["metric"] == NOT_FINITE for line in lines):
         notes.append(
             "Not finite: at the answers of so many samples the model's values are no numbers, as where its state has "
@@ -269,7 +281,10 @@ def _notes(lines: Sequence[Line]) -> list[str]:
             "others."
         )
     if any(line["metric"] == ORACLE for line in lines):
-        notes.append("The oracle knows the counts of the text's last quarter and nothing else.")
+        notes.append(
+            "The oracle knows the counts of the text's last quarter, and at every place the true symbols before it; "
+            "nothing else."
+        )
     notes.extend(_read_of_held_out(lines))
     told = [line for line in lines if "memory" in line]
     measured = [{line["memory"] for line in told if line["length"] == length} for length in distinct(lines, "length")]

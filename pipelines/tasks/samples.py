@@ -123,7 +123,7 @@ def compose(
     else:
         places = np.sort(generator.integers(latest + 1, size=len(facts)))
     inserts = [Insert(int(at), fact) for at, fact in zip(places, facts, strict=True)]
-    stream = joined(background, inserts, tail, between_blocks=between_blocks, ends=ends)
+    stream = joined(background, inserts, tail, between_blocks=between_blocks, ends=ends, latest=latest)
     depth = wanted.depth if place == "anywhere" else None
     return Sample(stream, wanted.length, answers, room >= 0 if facts else room > 0, depth)
 

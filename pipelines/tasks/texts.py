@@ -93,42 +93,53 @@ def joined(
     *,
     between_blocks: bool = False,
     ends: Sequence[int] = (),
+    latest: int | None = None,
 ) -> Stream:
     """The background with inserts in it, those for one place in the order given, and `tail` behind all.
 
-    `between_blocks` cuts no block of the background: an insert then stands before the block in which its place is.
-    With `ends`, tokens that end a sentence, it stands behind the last of them that its block has before its place, or
-    just there where the block has none.
+    `between_blocks` cuts no block of the background: an insert then stands before or behind the block in which its
+    place is, whichever is nearer. With `ends`, tokens that end a sentence, it stands at the nearest start of a sentence
+    in its block, or just at its place where there is none. Neither brings it behind place `latest`.
     """
     ordered = sorted(inserts, key=lambda insert: insert.at)
-    return partial(_joined, background, ordered, tail, between_blocks, ends)
+    return partial(_joined, background, ordered, tail, between_blocks, ends, latest)
 
 
 def _joined(
-    background: Stream, inserts: Sequence[Insert], tail: np.ndarray, between_blocks: bool, ends: Sequence[int]
+    background: Stream,
+    inserts: Sequence[Insert],
+    tail: np.ndarray,
+    between_blocks: bool,
+    ends: Sequence[int],
+    latest: int | None,
 ) -> Iterator[np.ndarray]:
-    waiting, read = deque(inserts), 0
+    waiting, read, is_start = deque(inserts), 0, True
     for block in background():
-        done = 0
+        done, places = 0, np.zeros(0, dtype=np.int64)
+        if waiting and waiting[0].at < read + len(block):
+            places = np.array([0, len(block)]) if between_blocks else _sentence_starts(block, ends, is_start)
+            places = places if latest is None else places[places <= latest - read]
         while waiting and waiting[0].at < read + len(block):
             insert = waiting.popleft()
-            cut = 0 if between_blocks else insert.at - read
-            if ends:
-                cut = max(_sentence_start(block[:cut], ends), done)
+            at = insert.at - read
+            cut = int(places[np.abs(places - at).argmin()]) if len(places) else at
             yield block[done:cut]
             yield insert.tokens
             done = cut
         yield block[done:]
         read += len(block)
+        is_start = bool(len(block)) and int(block[-1]) in ends
     for insert in waiting:  # at the end
         yield insert.tokens
     yield tail
 
 
-def _sentence_start(tokens: np.ndarray, ends: Sequence[int]) -> int:
-    """Tokens before the sentence that tokens (n,) break off in; all where none of them ends one."""
-    found = np.flatnonzero(np.isin(tokens, ends))
-    return int(found[-1]) + 1 if len(found) else len(tokens)
+def _sentence_starts(tokens: np.ndarray, ends: Sequence[int], is_start: bool) -> np.ndarray:
+    """Places in tokens (n,) behind those that end a sentence; and the first one if `is_start` (without ends: none)."""
+    if not ends:
+        return np.zeros(0, dtype=np.int64)
+    found = np.flatnonzero(np.isin(tokens, ends)) + 1
+    return np.concatenate([[0], found]) if is_start else found
 
 
 def cut(blocks: Iterable[np.ndarray], num: int) -> Iterator[np.ndarray]:

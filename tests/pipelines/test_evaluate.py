@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,23 @@ def test_a_run_writes_what_the_tasks_measure_and_does_it_once(
     assert "nothing to do" in "\n".join(again.err)
     assert [path.stat().st_mtime_ns for path in output.iterdir()] == times
 
+    turned = [{"perplexity,recall": "recall,perplexity", "64,100": "100,64"}.get(str(word), word) for word in words]
+    assert run(*turned).result == result
+    table, plot = (output / "results.md").read_bytes(), (output / "results.png").read_bytes()
+    (output / "results.md").unlink()
+    (output / "results.png").unlink()
+    again = run(*words)
+    assert again.result == result
+    assert "nothing to do" not in "\n".join(again.err)
+    assert (output / "results.md").read_bytes() == table
+    assert (output / "results.png").read_bytes() == plot
+    for name in ("metrics.jsonl", "costs.jsonl"):
+        (output / name).rename(tmp_path / name)
+        lost = run(*words)
+        assert lost.code == 2
+        assert f"is a finished evaluation without {name}; put it back" in lost.err[-1]
+        (tmp_path / name).rename(output / name)
+
     other = run(*words[:-1], 8)
     assert other.code == 2
     assert "seed 7 there, 8 asked for" in other.err[-1]
@@ -189,12 +207,14 @@ def test_finished_runs_are_kept_and_only_the_rest_is_measured(
     assert len([name for name in storage.list_names(str(output)) if name.startswith("run-")]) == 3
     other = run(*words, "--batch-size", 2, "--output", output)
     assert other.code == 2
-    assert "unfinished evaluation made otherwise" in other.err[-1]
+    assert "unfinished evaluation made otherwise: batch_size 8 there, 2 asked for; go on" in other.err[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "QUESTIONS_VERSION", 1)
         assert run(*words, "--output", output).code == 2
     monkeypatch.setattr(evaluate, "_measure", watched)
-    assert run(*words, "--output", output).result["metrics"] == wanted
+    turned = [{"recall,sorting": "sorting,recall", "96,128": "128,96"}.get(str(word), word) for word in words]
+    found = run(*turned, "--output", output).result["metrics"]
+    assert sorted(found, key=wanted.index) == wanted
     assert len(asked) == 5
     assert {(line["task"], line["length"], line["seed"]) for line in wanted} == {
         (task, length, seed) for task in ("recall", "sorting") for length in (96, 128) for seed in (4, 5)
@@ -238,6 +258,9 @@ def test_tasks_that_do_not_read_a_setting_are_named(
         ("--task perplexty", ["--task", "did you mean perplexity?"]),
         ("--task zzz", ["'zzz'", "known are perplexity, recall"]),
         ("--lengths 4x", ["--lengths", "4x", "whole number"]),
+        ("--lengths ,", ["--lengths needs at least 1 value"]),
+        ("--lengths 0", ["--lengths", "0", "greater than or equal to 1"]),
+        ("--lengths 99999999999999999999", ["--lengths", "99999999999999999999", "less than or equal to 4294967296"]),
         ("--lengths 64,64", ["64", "more than once"]),
         ("--batch-size 1", ["--batch-size", "1", "greater than or equal to 2"]),
         ("--device tpu", ["--device", "tpu", "cpu"]),
@@ -552,6 +575,18 @@ def test_seeds_are_pooled_with_the_interval_of_all_their_samples() -> None:
     assert f"| 64 | 20 | 0.0625 | {cell} | {cell} | {cell} |" in written
 
 
+def test_counts_of_samples_are_summed_over_the_seeds_that_have_some() -> None:
+    lines = [{**accuracy(64, memory, 0.2), "seed": seed} for memory in MEMORIES for seed in range(3)]
+    for metric, nums in (("num_not_finite", (3, 2)), ("num_unwritten", (1, 4))):
+        for seed, num in zip((0, 2), nums, strict=True):
+            figure = Figure(metric, num, "true" if metric == "num_not_finite" else None)
+            lines.append({**line("recall", 64, figure), "seed": seed})
+    written = report.markdown(SUBJECT, lines)
+    assert "| 64 | 30 | 0.0625 | 0.2000 [" in written
+    assert "### num not finite\n\n| tokens | true |\n| ---: | ---: |\n| 64 | 5 |" in written
+    assert "### num unwritten\n\n| tokens | value |\n| ---: | ---: |\n| 64 | 5 |" in written
+
+
 def test_depths_have_a_table_and_a_heat_map() -> None:
     lines = [accuracy(length, memory, 0.5) for length in (64, 128) for memory in MEMORIES]
     for length in (64, 128):
@@ -562,8 +597,13 @@ def test_depths_have_a_table_and_a_heat_map() -> None:
     written = report.markdown(SUBJECT, lines)
     assert "| tokens | samples a depth | depth 0 | depth 0.5 | depth 1 |" in written
     assert "| 128 | 4 to 5 | 0.0000 [0, 1] | 0.5000 [0, 1] | 1.0000 [0, 1] |" in written
+    assert "†" not in written
     image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * 2)
+    lines[-2] |= {"same_place": True}
+    written = report.markdown(SUBJECT, [{**one, "seed": seed} for seed in (1, 0) for one in lines])
+    assert re.search(r"\| 128 \| 8 to 10 \| 0.0000 \[.+\] \| 0.5000 \[.+\]† \| 1.0000 \[[^†]+\] \|", written)
+    assert "† Facts stand where they do at the depth before" in written
 
 
 def test_an_oracle_stands_beside_the_memories() -> None:
@@ -572,5 +612,5 @@ def test_an_oracle_stands_beside_the_memories() -> None:
     lines.append(line("sorting", 64, Figure("oracle", 0.375, num_samples=4, low=0.25, high=0.5)))
     written = report.markdown(SUBJECT, lines)
     assert "| 64 | 4 | 0.3750 [0.2500, 0.5000] |" in written
-    assert "last quarter" in written
+    assert "last quarter, and at every place the true symbols before it" in written
     report.plot(SUBJECT, lines)

@@ -30,9 +30,7 @@ def words(models: Path, memory: str, output: Path, *more: str) -> list[str]:
     return ["--model", str(models / memory), "--output", str(output), *settings.split(), *more]
 
 
-@pytest.mark.parametrize(
-    ("memory", "files"), [("rmt", SLOTS + ATTENTION), ("memformer", SLOTS), ("armt", ATTENTION), ("none", ATTENTION)]
-)
+@pytest.mark.parametrize(("memory", "files"), [("rmt", SLOTS + ATTENTION), ("memformer", SLOTS), ("armt", ATTENTION)])
 def test_what_a_memory_allows_is_drawn(
     memory: str, files: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +40,12 @@ def test_what_a_memory_allows_is_drawn(
     assert found["files"] == [str(tmp_path / "out" / name) for name in files]
     for name in found["files"]:
         assert Path(name).read_bytes().startswith(b"\x89PNG" if name.endswith("png") else (b"#", b"|"))
+        if name.endswith("md"):
+            page = Path(name).read_text()
+            assert rmt_core.fingerprint(rmt_core.load(models / memory))[:16] in page
+            settings = "--length 100 --background noise --num-texts 32 --batch-size 4"
+            assert page.endswith(f"pictures.py --model {models / memory} --output DIR {settings}\n")
+            assert ("armt is read through associations, not by attention" in page) == (memory == "armt")
     assert ("left out" in err) == (len(files) < 5)
 
 
@@ -52,11 +56,28 @@ def test_the_slots_of_a_memformer_are_called_slots(models: Path, tmp_path: Path)
 
 def test_the_attention_is_that_of_the_segment_that_asks_after_all_before_it(models: Path, tmp_path: Path) -> None:
     assert pictures.main(words(models, "rmt", tmp_path / "short", "--pictures", "attention")) == 0
-    rows = (tmp_path / "short" / "attention.md").read_text().splitlines()
+    rows = (tmp_path / "short" / "attention.md").read_text().partition("\n\n")[0].splitlines()
     assert len(rows) == 2 + 2  # layers
     assert all(sum(map(float, row.split("|")[3:7])) == pytest.approx(1, abs=3e-4) for row in rows[2:])
     assert pictures.main(words(models, "rmt", tmp_path / "long", "--pictures", "attention", "--length", "132")) == 0
-    assert (tmp_path / "long" / "attention.md").read_text().splitlines() != rows
+    assert (tmp_path / "long" / "attention.md").read_text().splitlines()[: len(rows)] != rows
+
+
+def test_earlier_pictures_are_replaced_and_other_runs_left_alone(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*SLOTS, "notes.txt"):
+        (tmp_path / name).write_text("of another model")
+    assert pictures.main(words(models, "rmt", tmp_path, "--pictures", "attention")) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*ATTENTION, "notes.txt"}
+    for name in ("config.json", "config.partial.json"):
+        other = tmp_path / name.removesuffix(".json")
+        other.mkdir()
+        (other / name).write_text("{}")
+        capsys.readouterr()
+        assert pictures.main(words(models, "rmt", other)) == 2
+        assert "holds a run of another command, or a model; give a directory of its own" in capsys.readouterr().err
+        assert [path.name for path in other.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("length", [97, 98, 100])
@@ -111,6 +132,7 @@ def test_facts_that_all_differ_have_no_read_out(
     ("memory", "more", "says"),
     [
         ("xl", "", ["memory xl is not one vector", "memory xl is not rows among the text's; use rmt or armt"]),
+        ("none", "", ["slots: memory none is not one vector", "attention: memory none has no rows to read or write"]),
         ("memformer", "--pictures attention", ["attention: memory memformer is not rows among"]),
         ("armt", "--pictures slots,attention", ["slots: memory armt is not one vector a token or slot"]),
         ("rmt", "--task memorise", ["--task memorise", "use recall, detect"]),

@@ -99,6 +99,12 @@ def test_babilongs_strict_mark_is_by_the_labels_of_the_task(
     assert {scorer.metric: scorer.mark(written) for scorer in found.scorers}["strict"] == strict
 
 
+def test_a_prefix_of_ruler_that_is_null_is_none(tmp_path: Path) -> None:
+    rows = [{**ROWS["ruler"], **more} for more in ({"answer_prefix": ""}, {"answer_prefix": None})]
+    one, other = question_files.read(write(tmp_path / "rows.jsonl", *rows))
+    assert one.prompt == other.prompt
+
+
 QA = "Answer the question based on the given documents. Only give me the answer.\n\nQuestion: Where?"
 
 
@@ -207,7 +213,18 @@ def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_pat
         ([{**ROWS["babilong"], "target": "\udc00"}], ["row 1", "'\\udc00'", "no Unicode text"]),
         ([ROWS["ruler"], {"input": "", "outputs": ["a"]}], ["row 2", "empty text cannot be asked"]),
         ([{"text": "a"}], ["fields text", "BABILong", "SCROLLS"]),
-        ([ROWS["babilong"], {"input": "a"}], ["row 2", "no row of BABILong", "question"]),
+        ([ROWS["babilong"], {"input": "a"}], ["row 2 is no row of BABILong: it has no question"]),
+        ([{**ROWS["babilong"], "question": None}], ["row 1", "its question is null, no text"]),
+        ([{**ROWS["babilong"], "target": 5}], ["row 1", "its target is 5, no text"]),
+        ([{**ROWS["babilong"], "input": None}], ["row 1", "its input is null, no text"]),
+        ([ROWS["ruler"], {"outputs": ["a"]}], ["row 2 is no row of RULER: it has no input"]),
+        ([{**ROWS["ruler"], "input": ["a"]}], ["row 1", 'its input is ["a"], no text']),
+        ([{**ROWS["ruler"], "answer_prefix": 5}], ["row 1", "its answer_prefix is 5, no text"]),
+        (
+            [{**ROWS["longbench"], "dataset": "trec", "all_classes": None}],
+            ["row 1", "its all_classes are null, no list"],
+        ),
+        ([ROWS["scrolls"], {"id": "2", "output": "a"}], ["row 2 is no row of SCROLLS: it has no input"]),
         ([{**ROWS["babilong"], "input": "a" * 300}], ["at length 200", "has 3"]),
     ],
 )

@@ -50,6 +50,15 @@ def test_a_read_only_disk_is_one_line(small_disk: Path) -> None:
         storage.write_bytes(str(small_disk / "a.bin"), b"1")
 
 
+def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(storage.RefusedError, match="/proc/x/a: no permission .* nothing can be made there"):
+        storage.write_bytes("/proc/x/a", b"1")
+    long = str(tmp_path / ("a" * 300))
+    for look in (storage.exists, storage.list_names, lambda uri: storage.write_bytes(f"{uri}/a", b"1")):
+        with pytest.raises(storage.RefusedError, match="the name is too long for the disk"):
+            look(long)
+
+
 def test_files_are_flushed_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS needs it, and with no locks: fsync of the file, rename, fsync of its folder."""
     calls: list[str] = []

@@ -139,7 +139,7 @@ def test_facts_stand_between_sentences_of_prose() -> None:
         parts = re.split(r"\n[A-Z][^\n]*\.\n", BYTES.decode(texts.whole(sample.stream)).partition("\nQuestion")[0])
         assert len(parts) > 2
         assert [part for part in parts[1:-1] if part and part[-1] not in ".?"] == []
-        assert parts[0][-1] in ".?" or "." not in parts[0]
+        assert not parts[0] or parts[0][-1] in ".?"
         assert "".join(parts) == ("it was so. was it? " * 3000)[: len("".join(parts))]
 
 
@@ -156,6 +156,19 @@ def test_who_draws_a_map_finds_what_lies_where() -> None:
     for story in draw("qa4", 300):
         assert len(story.facts) == 2
         assert read_map(story) == story.answer
+
+
+def test_the_place_told_twice_is_the_answer_of_every_other_question() -> None:
+    """By the four forms of the published questions, of which each is as frequent."""
+    forms, middles = Counter(), 0
+    for story in draw("qa4", 800):
+        told = Counter(name for fact in story.facts for name in re.findall(r"the (\w+)", fact.lower()))
+        middles += told[story.answer] == 2
+        named = next(name for name in told if name in story.question)
+        forms[(bool(re.fullmatch(r"What is \w+ of the \w+\?", story.question)), told[named] == 2)] += 1
+    assert middles / 800 == pytest.approx(0.5, abs=0.06)
+    assert all(num / 800 == pytest.approx(0.25, abs=0.05) for num in forms.values())
+    assert len(forms) == 4
 
 
 @pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])

@@ -316,6 +316,27 @@ def test_questions_of_other_lengths_are_other_ones_and_the_same_again() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_tasks_draw_apart_and_steps_of_one_task_alike() -> None:
+    def drawn(name: str) -> list[Sample]:
+        return [TASKS[name]._sample(i, 64, 16, material(background="noise")) for i in range(40)]
+
+    letters = [[int(sample.answers[0].tokens[-1]) for sample in drawn(name)] for name in ("detect", "recall")]
+    assert sum(a == b for a, b in zip(*letters, strict=True)) < 10
+    joined, marked = ([bytes(texts.whole(sample.stream)[:-2].tolist()) for sample in drawn(name)]
+                      for name in ("join", "join_marked"))  # fmt: skip
+    assert joined == marked
+
+
+def test_depths_at_which_facts_stand_at_the_same_place_are_told() -> None:
+    """A passkey's lines of 90 bytes between which it stands: in 400 bytes there are three, in 4,000 forty."""
+    model = tiny_model("none", segment_len=16, vocab_size=BYTES.vocab_size)
+    asked = material(depths=(0.0, 0.1, 0.5, 0.55, 1.0), ablations=False)
+    figures = TASKS["passkey"].measure(model, 400, asked)
+    told = {one.depth: one.same_place for one in figures if one.metric == "accuracy_at_depth"}
+    assert told == {0.0: None, 0.1: True, 0.5: None, 0.55: True, 1.0: None}
+    assert TASKS["passkey"]._same_places(4000, 16, asked) == set()
+
+
 def test_what_a_tokenizer_does_not_allow_is_one_line() -> None:
     class Uneven:
         def encode(self, text: str) -> np.ndarray:

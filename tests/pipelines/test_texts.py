@@ -78,14 +78,32 @@ def test_inserts_stand_where_they_would_in_the_whole_text(cuts: list[int]) -> No
         assert found.tolist() == [*naive, 7]
 
 
-def test_between_blocks_no_block_is_cut_and_no_insert_comes_later() -> None:
-    blocks = [np.array([i, i, i]) for i in range(9)]
-    for at in range(28):
+@pytest.mark.parametrize("latest", [None, 13, 27])
+def test_between_blocks_no_block_is_cut_and_an_insert_goes_to_the_nearer_end(latest: int | None) -> None:
+    blocks = [np.array([i] * 5) for i in range(6)]
+    for at in range((30 if latest is None else latest) + 1):
+        inserts = [Insert(at, np.array([77])), Insert(at, np.array([78]))]
         found = texts.whole(
-            texts.joined(lambda: iter(blocks), [Insert(at, np.array([77]))], np.array([]), between_blocks=True)
+            texts.joined(lambda: iter(blocks), inserts, np.array([]), between_blocks=True, latest=latest)
         ).tolist()
-        assert found.index(77) == (at // 3 * 3)
-        assert [token for token in found if token != 77] == np.repeat(np.arange(9), 3).tolist()
+        allowed = [place for place in range(0, 31, 5) if latest is None or place <= latest]
+        assert found.index(77) == min(allowed, key=lambda place: abs(place - at))
+        assert found.index(78) == found.index(77) + 1
+        assert [token for token in found if token < 77] == np.repeat(np.arange(6), 5).tolist()
+
+
+@pytest.mark.parametrize("latest", [None, 9, 3])
+def test_between_sentences_an_insert_goes_to_the_nearest_start_of_one_in_its_block(latest: int | None) -> None:
+    text = np.array([1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 2, 2, 2])  # 0 ends a sentence
+    blocks = np.split(text, [12, 15, 17])
+    starts = [[0, 5, 11], [], [17], [17]]  # by block, at any place; a block that follows an end begins with a start
+    for at in range((20 if latest is None else latest) + 1):
+        found = texts.whole(
+            texts.joined(lambda: iter(blocks), [Insert(at, np.array([7]))], np.array([]), ends=(0,), latest=latest)
+        ).tolist()
+        block = int(np.searchsorted([12, 15, 17, 20], at, side="right"))
+        allowed = [place for place in starts[block] if latest is None or place <= latest] if block < 4 else []
+        assert found.index(7) == min(allowed or [at], key=lambda place: abs(place - at))
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
