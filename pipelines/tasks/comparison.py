@@ -265,7 +265,7 @@ def _settings(one: Evaluation, differ: Iterable[str]) -> dict[str, str]:
     found = {SEGMENT_LEN: f"segments of {one.subject.segment_len:,} tokens"}
     for name in differ:
         found[name] = f"{name.replace('_', ' ')} {_shown(one.questions.get(name, NOT_TOLD))}"
-    parts = re.findall(r"([^()]+?)(?: \(([^)]*)\))?(?: with |$)", one.subject.memory)
+    parts = _parts(one.subject.memory)
     for kind, settings in parts:
         for setting in re.split(", (?=[a-z])", settings) if settings else ():
             name, _, value = setting.partition(" ")
@@ -289,7 +289,12 @@ def described(subject: Subject) -> str:
 
 def _kind(subject: Subject) -> str:
     """A memory without its settings."""
-    return re.sub(r" \([^)]*\)", "", subject.memory)
+    return " with ".join(kind for kind, _ in _parts(subject.memory))
+
+
+def _parts(memory: str) -> list[tuple[str, str]]:
+    """Each kind and its settings in words, of which any may be a bracketed list."""
+    return re.findall(r"([^()]+?)(?: \(((?:[^()]|\([^()]*\))*)\))?(?: with |$)", memory)
 
 
 def differences_of_questions(evaluations: Sequence[Evaluation]) -> str:

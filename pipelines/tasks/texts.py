@@ -113,7 +113,8 @@ def _joined(
     ends: Sequence[int],
     latest: int | None,
 ) -> Iterator[np.ndarray]:
-    waiting, read, is_start = deque(inserts), 0, True
+    waiting, read = deque(inserts), 0
+    is_start: bool | None = None  # a text without sentences has no start of one
     for block in background():
         done, places = 0, np.zeros(0, dtype=np.int64)
         if waiting and waiting[0].at < read + len(block):
@@ -134,12 +135,12 @@ def _joined(
     yield tail
 
 
-def _sentence_starts(tokens: np.ndarray, ends: Sequence[int], is_start: bool) -> np.ndarray:
-    """Places in tokens (n,) behind those that end a sentence; and the first one if `is_start` (without ends: none)."""
-    if not ends:
-        return np.zeros(0, dtype=np.int64)
+def _sentence_starts(tokens: np.ndarray, ends: Sequence[int], is_start: bool | None) -> np.ndarray:
+    """Places in tokens (n,) behind those that end a sentence, and the first one if `is_start`, or, where that is None,
+    if there are others.
+    """
     found = np.flatnonzero(np.isin(tokens, ends)) + 1
-    return np.concatenate([[0], found]) if is_start else found
+    return np.concatenate([[0], found]) if is_start or (is_start is None and len(found)) else found
 
 
 def cut(blocks: Iterable[np.ndarray], num: int) -> Iterator[np.ndarray]:

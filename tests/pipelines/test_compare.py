@@ -219,6 +219,11 @@ def test_no_label_and_no_curve_is_given_to_two_groups(tmp_path: Path, capsys: py
         ({"segment_len": 48}, {}, ["rmt, segments of 48 tokens", "rmt, segments of 24 tokens"]),
         ({"memory": "rmt (num_tokens 4, noisy True)"}, {}, ["rmt, noisy", "rmt, no noisy"]),
         ({"memory": "rmt (num_tokens 8)"}, {"num_samples": 8}, ["rmt 1", "rmt 2"]),
+        (
+            {"memory": "infinity (num_basis 4, basis_widths (0.01, 0.05))"},
+            {"memory": "infinity (num_basis 8, basis_widths (0.01, 0.05))"},
+            ["infinity, num basis 4", "infinity, num basis 8"],
+        ),
         ({}, {"background": "prose"}, ["rmt, background noise", "rmt, background prose"]),
         ({"state_floats": 512, "num_parameters": 2000}, {}, ["rmt 1", "rmt 2"]),
         ({"memory": f"rmt (num_tokens {10**20})"}, {}, ["rmt 1", "rmt 2"]),

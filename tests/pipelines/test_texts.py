@@ -106,6 +106,13 @@ def test_between_sentences_an_insert_goes_to_the_nearest_start_of_one_in_its_blo
         assert found.index(7) == min(allowed or [at], key=lambda place: abs(place - at))
 
 
+@pytest.mark.parametrize("at", [0, 7, 12, 20])
+def test_without_sentences_an_insert_stands_just_at_its_place(at: int) -> None:
+    blocks = np.split(np.ones(20, dtype=np.int64), [12])
+    found = texts.whole(texts.joined(lambda: iter(blocks), [Insert(at, np.array([7]))], np.array([]), ends=(0,)))
+    assert found.tolist().index(7) == at
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
 def test_blocks_are_the_text_cut_evenly(size: int) -> None:
     parts = [np.arange(5), np.arange(0), np.arange(17), np.arange(1), np.arange(9)]
