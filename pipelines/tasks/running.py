@@ -51,7 +51,8 @@ def measure(run: Run, material: Material) -> list[Figure]:
         return [Figure(DOES_NOT_FIT, float(error.num_bytes), reason=str(error), background=background)]
     figures = [figure._replace(background=background) for figure in figures]
     num_texts = _num_texts(figures, run.length)
-    return [*figures, *(figure._replace(num_texts=num_texts) for figure in meter.figures())]
+    costs = [figure._replace(num_texts=num_texts, background=background) for figure in meter.figures()]
+    return [*figures, *costs]
 
 
 def check_compiler() -> None:
