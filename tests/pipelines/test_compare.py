@@ -571,6 +571,18 @@ def test_pairs_held_are_a_table_and_a_panel_of_their_own(tmp_path: Path, capsys:
     assert "| rmt | 256 | 16 | 4 [< 4, >= 8], 4 [< 4, >= 8] (mean 4.0000) |" in second
     held = capacity.facts_held(comparison.read_groups([facts, *pairs], "accuracy"))
     assert [(one.what, one.num_facts) for one in held] == [("facts", 1), ("pairs", 4), ("pairs", 4)]
+    lines = [
+        *answers({64: 0.5, 128: 1.0}, "capacity_2"),
+        *answers({64: 1.0}, "pairs_8"),
+        *answers({128: 0.5}, "pairs_4"),
+    ]
+    both = capacity.facts_held(comparison.read_groups([evaluation(tmp_path / "d", lines)], "accuracy"))
+    assert [(*one[1:3], one.num_facts) for one in both] == [
+        ("facts", 64, 0),
+        ("facts", 128, 2),
+        ("pairs", 64, 8),
+        ("pairs", 128, 0),
+    ]
 
 
 def test_facts_held_are_a_bound_where_more_or_fewer_were_not_asked_for(tmp_path: Path) -> None:
