@@ -1,6 +1,6 @@
 """Evaluation tasks, one a file; the only place that names them all."""
 
-from pipelines.tasks import babilong, facts, mark, needle, quadratic, recall, ruler, symbols
+from pipelines.tasks import babi, babilong, facts, mark, needle, quadratic, recall, ruler, symbols
 from pipelines.tasks.base import Task
 from pipelines.tasks.perplexity import Perplexity
 from pipelines.tasks.question_files import FileTask
@@ -16,7 +16,8 @@ _PLACED: dict[str, Maker] = {
     "join_leads": mark.join("leads"),
     **{f"pairs_{num}": mark.pairs(num) for num in mark.COUNTS},
     "reason": facts.reason,
-    **{task: babilong.story_task(task) for task in ("qa1", "qa2", "qa3", "qa4", "qa5")},
+    **{task: babilong.story_task(task) for task in babi.LABELS},
+    **{f"{task}_all": babilong.every_question(task) for task in babi.LABELS},
     "needle": needle.needle,
 }
 _FAMILIES = {"join_marked": "join", "join_leads": "join"}  # about the same texts

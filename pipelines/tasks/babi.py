@@ -37,6 +37,7 @@ class Story(NamedTuple):
     facts: list[str]
     question: str
     answer: str  # one of the task's labels
+    questions: list[tuple[str, str]]  # all that the facts answer, each with its answer
 
 
 class Gift(NamedTuple):
@@ -125,7 +126,7 @@ def story(task: str, generator: np.random.Generator) -> Story:
         found = _QUESTIONS[task](world)
         if found:
             question, answer = found[int(generator.integers(len(found)))]
-            return Story(facts, question, answer)
+            return Story(facts, question, answer, found)
 
 
 def _num_facts(task: str, generator: np.random.Generator) -> int:
@@ -138,10 +139,10 @@ def _num_facts(task: str, generator: np.random.Generator) -> int:
             return num
 
 
-def choices(asked: Story) -> list[str]:
+def choices(question: str, answer: str) -> list[str]:
     """What the question alone leaves: the labels of the kind that it asks for and does not name."""
-    kind = next(labels for labels in (PLACES, GIVERS, THINGS) if asked.answer in labels)
-    return [label for label in kind if label not in asked.question]
+    kind = next(labels for labels in (PLACES, GIVERS, THINGS) if answer in labels)
+    return [label for label in kind if label not in question]
 
 
 def _where_people(world: World) -> list[tuple[str, str]]:
@@ -200,7 +201,7 @@ def _relations(generator: np.random.Generator) -> Story:
         )
     ]
     question, answer = questions[int(generator.integers(len(questions)))]
-    return Story([facts[i] for i in generator.permutation(2)], question, answer)
+    return Story([facts[i] for i in generator.permutation(2)], question, answer, questions)
 
 
 def _relation(a: str, way: str, b: str, generator: np.random.Generator) -> str:

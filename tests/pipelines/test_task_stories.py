@@ -9,7 +9,7 @@ import pytest
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import babi, texts
 from pipelines.tasks.babi import Story
-from pipelines.tasks.babilong import is_laxly_right, is_strictly_right, story_task
+from pipelines.tasks.babilong import MOST_ASKED, every_question, is_laxly_right, is_strictly_right, story_task
 from pipelines.tasks.samples import Scene, TooShortError, Wanted
 
 BYTES = ByteTokenizer()
@@ -186,12 +186,37 @@ def test_chance_is_among_what_is_asked_for_and_not_named(task: str) -> None:
         kinds = [(r"Where|What is", babi.PLACES), (r"Who", babi.GIVERS), (r"What did", babi.THINGS)]
         kind = next(labels for pattern, labels in kinds if re.match(pattern, asked.question))
         left = set(kind) - set(re.findall(r"\w+", asked.question))
-        assert set(babi.choices(asked)) == left
+        assert set(babi.choices(asked.question, asked.answer)) == left
         assert asked.answer in left
         seen.add(len(left))
     assert seen == {"qa1": {6}, "qa2": {6}, "qa3": {5}, "qa4": {5}, "qa5": {3, 4}}[task]
     [answer] = story_task(task)(SCENE, Wanted(3000, 64), np.random.default_rng(0)).answers
     assert answer.num_choices in seen
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])
+def test_every_question_of_a_story_is_asked_once_and_answered(task: str) -> None:
+    nums, places = set(), Counter()
+    for seed in range(40):
+        sample = every_question(task)(SCENE, Wanted(6000, 64), np.random.default_rng(seed))
+        tokens = texts.whole(sample.stream)
+        told, *asked = BYTES.decode(tokens).split("\nQuestion: ")
+        facts = [line for line in told.split("\n") if re.fullmatch(r"[A-Z].*\.", line)]
+        found = [re.fullmatch(r"(.*\?)\nAnswer: (\w+)\.", one) for one in asked]
+        pairs = [one.groups() for one in found if one]
+        whole = babi.story(task, np.random.default_rng(seed))
+        assert facts == whole.facts
+        assert set(pairs) <= set(whole.questions)
+        assert len(pairs) == len(asked) == len(set(pairs)) == min(len(whole.questions), MOST_ASKED)
+        assert [BYTES.decode(tokens[a.at : a.at + len(a.tokens)]) for a in sample.answers] == [f" {b}" for _, b in pairs]
+        assert len(tokens) == 6000
+        nums.add(len(pairs))
+        places[pairs.index((whole.question, whole.answer)) if (whole.question, whole.answer) in pairs else None] += 1
+        for question, answer in pairs:
+            one = Story(facts, question, answer, [])
+            assert (read_map(one) if task == "qa4" else Reader(facts).answer(question)) == answer
+    assert nums <= {"qa1": {1, 2, 3, 4}, "qa2": {1, 2, 3}, "qa3": {*range(1, 9)}, "qa4": {8}, "qa5": {5, 8}}[task]
+    assert len(places) > 2
 
 
 @pytest.mark.parametrize("task", ["qa1", "qa4"])
