@@ -9,6 +9,7 @@ instead.
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -23,6 +24,7 @@ from pipelines.config import InputError
 log = logging.getLogger(__name__)
 
 CLAIM = "driver.json"
+_OF_RUNS = re.compile(r"config(\.partial)?\.json")  # finished or not; or of a model
 BEAT_S, STALE_S = 5.0, 30.0  # between two writings; without one, after which the driver counts as dead
 _PAUSES_S = (1.0, 30.0, 30.0)  # behind each Ctrl-C that a driver gives itself: the first asks, the second ends
 _SETTLE_S = 0.2  # in which two that start at once have both written, and the later one has it
@@ -51,6 +53,12 @@ def claimed(output: str, job: str) -> Iterator[None]:
         found = _read(uri)
         if found is not None and found["driver"] == mine["driver"]:
             _delete(output)
+
+
+def refuse_runs(output: str) -> None:
+    """InputError where a directory holds what its command would take up again, or a model: for commands that do not."""
+    if any(_OF_RUNS.fullmatch(name) for name in storage.list_names(output)):
+        raise InputError(f"--output {output} holds a run of another command, or a model; give a directory of its own")
 
 
 def clear_dead(output: str, job: str) -> None:

@@ -25,7 +25,8 @@ from typing import Any
 import pydantic
 
 from pipelines import storage
-from pipelines.config import Config, Count, InputError
+from pipelines.claim import refuse_runs
+from pipelines.config import Config, Count
 from pipelines.job import run_job
 from pipelines.tasks import capacity, cost_plot
 from pipelines.tasks.comparison import BY_SEGMENT, differences_of_questions, read_groups
@@ -33,7 +34,6 @@ from pipelines.tasks.comparison_plot import plot
 from pipelines.tasks.comparison_table import differences, markdown
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.questions import ACCURACY
-from pipelines.tasks.report import CONFIG
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.compare")
 
@@ -69,8 +69,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     if unlike := differences_of_questions([one for group in groups for one in group.evaluations]):
         log.warning("not the same questions: %s", unlike)
     output = storage.absolute(config.output)
-    if CONFIG in storage.list_names(output):
-        raise InputError(f"--output {output} holds a finished run of another command; give a directory of its own")
+    refuse_runs(output)
     files = {
         "table": (TABLE, markdown(groups, config.metric).encode()),
         "plot": (PLOT, plot(groups, config.metric, config.trained_len)),

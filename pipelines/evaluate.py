@@ -35,7 +35,7 @@ from pipelines.cluster import connect, pool
 from pipelines.config import Config, Count, InputError, as_command, canonical_json, split_commas
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
-from pipelines.tasks import TASKS, report
+from pipelines.tasks import TASKS, report, report_plot
 from pipelines.tasks.base import DOES_NOT_FIT, MAX_LENGTH, QUESTIONS_VERSION, Figure, Material
 from pipelines.tasks.cost import COSTS
 from pipelines.tasks.held_out import open_held_out
@@ -195,7 +195,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         (METRICS, _as_lines(line for line in lines if line["metric"] not in COSTS)),
         (COST_LINES, _as_lines(line for line in lines if line["metric"] in COSTS)),
         (TABLE, _table(config, subject, lines, made_by)),
-        (PLOT, report.plot(subject, lines)),
+        (PLOT, report_plot.plot(subject, lines)),
     ):
         storage.write_bytes(storage.join(output, name), data)
     storage.write_json(storage.join(output, CONFIG), {**content, "model": subject._asdict()})
@@ -222,7 +222,7 @@ def _found(config: EvaluateConfig, output: str, subject: Subject, made_by: dict[
     for name in gone:
         log.info("%s is gone and made again", storage.join(output, name))
         lines = [*metrics, *costs]
-        data = _table(config, subject, lines, made_by) if name == TABLE else report.plot(subject, lines)
+        data = _table(config, subject, lines, made_by) if name == TABLE else report_plot.plot(subject, lines)
         storage.write_bytes(storage.join(output, name), data)
     if not gone:
         log.info("%s is already measured with these settings: nothing to do", output)

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -24,6 +23,7 @@ import torch
 
 import rmt_core
 from pipelines import storage
+from pipelines.claim import refuse_runs
 from pipelines.config import Config, Count, InputError, as_command, split_commas
 from pipelines.data.tokenise import Tokenizer
 from pipelines.job import run_job
@@ -43,7 +43,6 @@ SLOTS = SLOTS_PLOT, SLOTS_TABLE = "slots.png", "slots.md"
 ATTENTION = MAPS, BY_LAYER, ATTENTION_TABLE = "attention.png", "attention_by_layer.png", "attention.md"
 OWN_NAMES = (*SLOTS, *ATTENTION)
 _READ_OTHERWISE = "armt is read through associations, not by attention"
-_OF_OTHERS = re.compile(r"config(\.partial)?\.json")  # of a run or a model
 
 
 class PicturesConfig(Config):
@@ -80,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(config: PicturesConfig) -> dict[str, Any]:
     """Reads texts and draws; where the pictures and tables are. Raises InputError."""
     uri, output = storage.absolute(config.model), storage.absolute(config.output)
-    if any(_OF_OTHERS.fullmatch(name) for name in storage.list_names(output)):
-        raise InputError(f"--output {output} holds a run of another command, or a model; give a directory of its own")
+    refuse_runs(output)
     model, tokenizer = load(uri, config.device)
     texts = _texts(config, model, tokenizer)
     chosen = _chosen(config, model, texts)

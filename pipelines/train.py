@@ -44,7 +44,7 @@ from pipelines.data.tokenise import Tokenizer
 from pipelines.extras import require_extra
 from pipelines.job import run_job
 from pipelines.recipes import find_recipe
-from pipelines.training.backbones import apart, described
+from pipelines.training.backbones import apart, described, with_directory
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, identity_of
 from pipelines.training.monitor import Monitor
@@ -164,7 +164,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 def _inputs(config: TrainConfig) -> list[str]:
     """What every worker has to read."""
     resumed = None if config.resume in ("auto", "never") else config.resume
-    named = (*(config.data or []), config.model.backbone, config.report.probe_data, resumed)
+    named = (*(config.data or []), config.model.directory, config.report.probe_data, resumed)
     return [uri for uri in named if uri is not None]
 
 
@@ -175,9 +175,8 @@ def _placed(config: TrainConfig) -> TrainConfig:
         found["data"] = [storage.absolute(uri) for uri in config.data]
     if config.resume not in ("auto", "never"):
         found["resume"] = storage.absolute(config.resume)
-    if config.model.backbone is not None:
-        backbone = storage.absolute(config.model.backbone)
-        found["model"] = config.model.model_copy(update={"backbone": backbone})
+    if config.model.directory is not None:
+        found["model"] = with_directory(config, storage.absolute(config.model.directory)).model
     report: dict[str, Any] = {}
     if config.report.probe_data is not None:
         report["probe_data"] = storage.absolute(config.report.probe_data)

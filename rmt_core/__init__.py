@@ -4,7 +4,7 @@ from . import state
 from .attention import AttentionMaps, AttentionMass, attention_maps, attention_mass, mean_over_heads
 from .blockwise import full_attention, full_attention_loss
 from .build import build
-from .checkpoint import fingerprint, load, load_encoder, load_seq2seq, save
+from .checkpoint import fingerprint, load, load_config, load_encoder, load_seq2seq, save
 from .config import ModelConfig
 from .encoder import Classified, EncoderConfig, EncoderModel, EncoderOutput, build_encoder
 from .full_context import DoesNotFitError, FullContext, floats_per_token
@@ -54,6 +54,7 @@ __all__ = [
     "generate",
     "joined",
     "load",
+    "load_config",
     "load_encoder",
     "load_seq2seq",
     "mean_over_heads",

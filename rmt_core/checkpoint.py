@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,6 +114,12 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Recurrent
     return _load(Path(directory), FORMAT, ModelConfig, build).to(device).eval()
 
 
+def load_config(directory: str | Path) -> ModelConfig:
+    """The configuration of the model saved in a directory, without its weights; ValueError as `load`."""
+    folder = Path(directory)
+    return _configured(folder, _read_config(folder, FORMAT), ModelConfig)
+
+
 def load_encoder(directory: str | Path, device: torch.device | str = "cpu") -> EncoderModel:
     """`load` for a directory written from an encoder."""
     return _load(Path(directory), ENCODER_FORMAT, EncoderConfig, build_encoder).to(device).eval()
@@ -125,6 +131,25 @@ def load_seq2seq(directory: str | Path, device: torch.device | str = "cpu") -> S
 
 
 def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Callable[[ConfigT], ModelT]) -> ModelT:
+    saved = _read_config(folder, kind)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}; it is not a whole model")
+    tokenizer = folder / TOKENIZER_FILE
+    if "tokenizer" in saved and tokenizer.is_file() and _hash(tokenizer) != saved["tokenizer"]:
+        raise ValueError(
+            f"{str(tokenizer)!r} is not the tokenizer that the model was saved with; put that one back, or save the "
+            "model with this one"
+        )
+    model = build(_configured(folder, saved, configure))
+    try:
+        _fill(model, folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{str(folder / WEIGHTS_FILE)!r} is not a whole safetensors file: {error}") from error
+    return model
+
+
+def _read_config(folder: Path, kind: str) -> dict[str, Any]:
+    """What `config.json` holds, of a model of this format."""
     try:
         saved = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError:
@@ -139,24 +164,14 @@ def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Cal
             f"{str(folder / CONFIG_FILE)!r} has format {found!r}; this version reads {kind!r} "
             f"({f'use rmt_core.{other}' if other else hint})"
         )
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}; it is not a whole model")
-    tokenizer = folder / TOKENIZER_FILE
-    if "tokenizer" in saved and tokenizer.is_file() and _hash(tokenizer) != saved["tokenizer"]:
-        raise ValueError(
-            f"{str(tokenizer)!r} is not the tokenizer that the model was saved with; put that one back, or save the "
-            "model with this one"
-        )
+    return saved
+
+
+def _configured(folder: Path, saved: dict[str, Any], configure: Callable[..., ConfigT]) -> ConfigT:
     try:
-        config = configure(**saved["model"])
+        return configure(**saved["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r} is no model's configuration: {error}") from error
-    model = build(config)
-    try:
-        _fill(model, folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"{str(folder / WEIGHTS_FILE)!r} is not a whole safetensors file: {error}") from error
-    return model
 
 
 def _fill(model: AnyModel, file: Path) -> None:

@@ -24,7 +24,8 @@ from pipelines.tasks.curves import (
     style,
     tell_hollow,
 )
-from pipelines.tasks.report import STYLES, short_length
+from pipelines.tasks.report import short_length
+from pipelines.tasks.report_plot import STYLES
 
 _UNITS = {
     "loss": "loss (nats per token)",

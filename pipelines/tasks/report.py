@@ -1,25 +1,18 @@
-"""Figures as a Markdown table and as a plot.
+"""Figures as a Markdown table.
 
 A line is a figure as metrics.jsonl has it: `task, length, metric, value` and whichever of Figure's other fields apply.
 """
 
-import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Drawing
-
 from pipelines.tasks import TASKS
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE, ZEROED
-from pipelines.tasks.curves import about_chance, draw_chance, hollow, log_axis, mark_end, tell_hollow
 from pipelines.tasks.intervals import wilson_interval
-from pipelines.tasks.questions import ACCURACY, AT_DEPTH, NOT_FINITE, ORACLE, UNWRITTEN
+from pipelines.tasks.questions import AT_DEPTH, NOT_FINITE, ORACLE, UNWRITTEN
 
 Line = Mapping[str, Any]
 
@@ -40,15 +33,8 @@ ABOUT = {
     "zeroed": "zeros instead of it before every segment",
     "shuffled": "the state of the neighbouring row, which has read as much of another text, or that text to its end",
 }
-STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-blind readers tell apart
-    "true": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "zeroed": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-}
 NEEDS_NONE = "\\* What is asked for can lie in the segment of the question: no memory is needed there."
 _BESIDE = {"num_samples": "samples", "chance": "chance", "num_at_once": "runs at once"}  # heads of a table's columns
-_MAX_POINTS = 128  # of a curve; more segments are averaged
-_COLUMNS = 4  # of panels
 
 
 class Subject(NamedTuple):
@@ -111,9 +97,6 @@ def _pool(lines: Sequence[Line]) -> Line:
     return {**lines[0], **about, "value": num_right / num, "num_samples": num, "low": low, "high": high}
 
 
-# --- Markdown ---------------------------------------------------------------------------------------
-
-
 def markdown(subject: Subject, lines: Sequence[Line]) -> str:
     """The whole report; figures of several seeds are pooled."""
     lines = pooled(lines)
@@ -130,7 +113,7 @@ def markdown(subject: Subject, lines: Sequence[Line]) -> str:
     ]
     for task in distinct(lines, "task"):
         mine = [line for line in lines if line["task"] == task]
-        parts.append(f"## {_named(task, mine)}")
+        parts.append(f"## {named(task, mine)}")
         for metric in distinct(mine, "metric"):
             chosen = [line for line in mine if line["metric"] == metric]
             if metric == DOES_NOT_FIT:
@@ -162,6 +145,11 @@ def in_background(task: str, backgrounds: Iterable[str]) -> str:
     """A task and what stands around its facts, as titles have it."""
     told = sorted(set(backgrounds))
     return f"{task} in {' and '.join(told)}" if told else task
+
+
+def named(task: str, lines: Iterable[Line]) -> str:
+    """The same of a task's lines."""
+    return in_background(task, (line["background"] for line in lines if "background" in line))
 
 
 def _about_full(subject: Subject) -> str:
@@ -381,116 +369,3 @@ def curve_of(lines: Iterable[Line], length: int, memory: str) -> Curve:
 def mean_loss(points: Sequence[tuple[float, int]]) -> float:
     """The mean over all tokens of points (value, tokens), of which there is at least one."""
     return sum(value * num for value, num in points) / sum(num for _, num in points)
-
-
-# --- the plot ---------------------------------------------------------------------------------------
-
-
-def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
-    """A PNG: loss by segment index at the longest length, each task's accuracy by length, and by length and depth."""
-    lines = pooled(lines)
-    curves = [line for line in lines if line["metric"] == "loss_by_segment"]
-    answers = _by_task(lines, ACCURACY)
-    ends = _by_task(lines, DOES_NOT_FIT)
-    depths = _by_task(lines, AT_DEPTH)
-    num_panels = max(1, bool(curves) + len(answers) + len(depths))
-    columns, rows = min(num_panels, _COLUMNS), -(-num_panels // _COLUMNS)
-    drawing = Drawing(figsize=(6.4 * columns, 5.0 * rows), dpi=120, layout="constrained")
-    FigureCanvasAgg(drawing)
-    panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
-    if curves:
-        _plot_curves(panels.pop(0), curves, subject)
-    for task, mine in answers.items():
-        _plot_accuracy(panels.pop(0), task, mine, ends.get(task, []))
-    for task, mine in depths.items():
-        _plot_depths(panels.pop(0), task, mine)
-    for panel in panels:
-        panel.remove()
-    drawing.suptitle(
-        f"{subject.name}: memory {subject.memory}, state of {subject.floats}, "
-        f"segments of {subject.segment_len:,} tokens",
-        fontsize=10,
-        wrap=True,
-    )
-    out = io.BytesIO()
-    drawing.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
-
-
-def _by_task(lines: Sequence[Line], metric: str) -> dict[str, list[Line]]:
-    chosen = [line for line in lines if line["metric"] == metric]
-    return {task: [line for line in chosen if line["task"] == task] for task in distinct(chosen, "task")}
-
-
-def _named(task: str, lines: Iterable[Line]) -> str:
-    return in_background(task, (line["background"] for line in lines if "background" in line))
-
-
-def _plot_depths(panel: Axes, task: str, lines: Sequence[Line]) -> None:
-    """A heat map with the numbers in it; light is right, also in grey."""
-    lengths, depths = sorted(distinct(lines, "length")), sorted(distinct(lines, "depth"))
-    table = np.full((len(depths), len(lengths)), np.nan)
-    for line in lines:
-        if line["memory"] == TRUE:
-            table[depths.index(line["depth"]), lengths.index(line["length"])] = line["value"]
-    panel.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    for (row, column), value in np.ndenumerate(table):
-        ink = "black" if value > 0.5 else "white"
-        panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
-    panel.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
-    panel.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    panel.set_xlabel("text length (tokens)")
-    panel.set_ylabel("depth of the facts (0: earliest, 1: latest)")
-    panel.set_title(f"{_named(task, lines)}: accuracy, true memory, {num_samples(lines)} samples a cell", fontsize=10)
-
-
-def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
-    length = max(distinct(lines, "length"))
-    each = 1
-    for memory in MEMORIES:
-        curve = curve_of(lines, length, memory)
-        if not curve:
-            continue
-        each = -(-len(curve) // _MAX_POINTS)
-        x, y = zip(*curve.means(each), strict=True)
-        panel.plot(x, y, label=memory, markersize=4 if len(x) <= 32 else 0, **STYLES[memory])
-    averaged = f", means of {each}" if each > 1 else ""
-    panel.set_xlabel(f"segment index (segments of {subject.segment_len:,} tokens{averaged})")
-    panel.set_ylabel("loss (nats per token)")
-    panel.set_title(f"perplexity: held-out loss by segment, texts of {length:,} tokens", fontsize=10)
-    panel.grid(alpha=0.3)
-    panel.legend(title="memory")
-
-
-def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence[Line]) -> None:
-    lengths = sorted({*distinct(lines, "length"), *distinct(ends, "length")})
-    for shift, memory in zip((1.0, 0.97, 1.03), MEMORIES, strict=True):  # apart, so that intervals can be read
-        chosen = sorted((line for line in lines if line["memory"] == memory), key=lambda line: line["length"])
-        if not chosen:
-            continue
-        x = [line["length"] * shift for line in chosen]
-        y = [line["value"] for line in chosen]
-        below = [line["value"] - line["low"] for line in chosen]
-        above = [line["high"] - line["value"] for line in chosen]
-        looks = {"markersize": 5, **STYLES[memory]}
-        panel.errorbar(x, y, yerr=(below, above), label=memory, capsize=3, **looks)
-        without = [i for i, line in enumerate(chosen) if line.get("needs_memory") is False]
-        hollow(panel, [x[i] for i in without], [y[i] for i in without], looks)
-    if chances := [line["chance"] for line in lines if "chance" in line]:
-        by_length = {line["length"]: [line["chance"]] for line in lines if "chance" in line}
-        draw_chance(panel, by_length, f"chance ({about_chance(chances)})")
-    if any(line.get("needs_memory") is False for line in lines):
-        tell_hollow(panel)
-    length_axis(panel, lengths)
-    panel.set_ylim(-0.03, 1.03)
-    if ends:
-        mark_end(panel, min(distinct(ends, "length")), "does not fit", "black")
-    panel.set_ylabel("accuracy (95 % interval)")
-    panel.set_title(f"{_named(task, lines)}: {num_samples(lines)} samples a length", fontsize=10)
-    panel.grid(alpha=0.3)
-    panel.legend(title="memory")
-
-
-def length_axis(panel: Axes, lengths: Sequence[int]) -> None:
-    """A logarithmic axis with the lengths, in order, marked."""
-    log_axis(panel, lengths, [short_length(length) for length in lengths], "text length (tokens)")

@@ -15,7 +15,7 @@ from pipelines.training.settings import TrainConfig
 # Not part of what is learned: a run may go on with other values of these.
 HOUSEKEEPING: dict[str, Any] = {
     **dict.fromkeys(("output", "resume", "report", "data", "seeds"), True),
-    "model": {"backbone"},  # where it lies: what is in it counts
+    "model": {"backbone", "start"},  # where it lies: what is in it counts
     "workers": {"num_workers", "cpus", "use_gpu", "max_failures", "resize_every_s"},
 }
 
@@ -28,7 +28,7 @@ _READ_BYTES = 16 * 1024**2  # at a time
 def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) -> Identity:
     """Equal for runs that would learn the same, whatever the number of workers.
 
-    Reads a backbone's weights from the first byte to the last: seconds for a large one. InputError where it has none.
+    Reads weights that it begins with from the first byte to the last: seconds for a large one. InputError where it has none.
     """
     settings = config.model_dump(mode="json", exclude=HOUSEKEEPING)
     if config.curriculum.advance_below is not None:  # which is looked at when a line of metrics is written
@@ -43,21 +43,21 @@ def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) 
         },
         "model": model.to_json(),
     }
-    if config.model.backbone is not None:
-        identity["model"]["weights"] = _fingerprint_weights(config.model.backbone)
+    if config.model.directory is not None:
+        identity["model"]["weights"] = _fingerprint_weights(config.model.directory, config.model.directory_field)
     return json.loads(canonical_json(identity))
 
 
-def _fingerprint_weights(backbone: str) -> str:
+def _fingerprint_weights(directory: str, field: str) -> str:
     """A hash of a directory's weights, on disk or S3, by names and contents of their files."""
-    names = storage.list_names(backbone)
+    names = storage.list_names(directory)
     found = (fnmatch.filter(names, pattern) for pattern in _WEIGHTS)
     chosen = next((each for each in found if each), [])
     if not chosen:
-        raise InputError(f"model.backbone {backbone!r} holds no weights ({' or '.join(_WEIGHTS)})")
+        raise InputError(f"{field} {directory!r} holds no weights ({' or '.join(_WEIGHTS)})")
     digest = hashlib.sha256()
     for name in chosen:
-        digest.update(f"{name} {_sha256_of(storage.join(backbone, name))}\n".encode())
+        digest.update(f"{name} {_sha256_of(storage.join(directory, name))}\n".encode())
     return digest.hexdigest()
 
 

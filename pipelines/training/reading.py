@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def open_store(config: TrainConfig) -> Store:
-    """The segments to train on; InputError where they are of another tokenizer than the backbone's."""
+    """The segments to train on; InputError where they are of another tokenizer than the model's."""
     stores = [SegmentStore(uri) for uri in config.data or []]
     store: Store
     if not stores:
@@ -29,18 +29,19 @@ def open_store(config: TrainConfig) -> Store:
         store = stores[0]
     else:
         store = Mixture(stores, config.dataset.weights)
-    backbone = config.model.backbone
-    if backbone is not None and not storage.exists(storage.join(backbone, "tokenizer.json")):
+    directory, field = config.model.directory, config.model.directory_field
+    if directory is not None and not storage.exists(storage.join(directory, "tokenizer.json")):
         log.warning(
-            "model.backbone %s brings no tokenizer.json: whether the data was made with its tokenizer is not checked",
-            backbone,
+            "%s %s brings no tokenizer.json: whether the data was made with its tokenizer is not checked",
+            field,
+            directory,
         )
-    elif backbone is not None:
-        fingerprint = load_tokenizer(backbone).fingerprint
+    elif directory is not None:
+        fingerprint = load_tokenizer(directory).fingerprint
         if fingerprint != store.tokenizer_fingerprint:
             raise InputError(
-                f"model.backbone {backbone} brings tokenizer {fingerprint[:16]}, the data was made with "
-                f"{store.tokenizer_fingerprint[:16]}; prepare the data with --tokenizer {backbone}"
+                f"{field} {directory} brings tokenizer {fingerprint[:16]}, the data was made with "
+                f"{store.tokenizer_fingerprint[:16]}; prepare the data with --tokenizer {directory}"
             )
     return store
 

@@ -31,8 +31,13 @@ class LoraSettings(Config):
 
 
 class ModelSettings(Config):
-    """The model: a backbone's directory, or the shape of a new one with random weights."""
+    """The model: a trained one's directory, a backbone's, or the shape of a new one with random weights."""
 
+    start: str | None = Field(
+        default=None,
+        description="directory of a trained model (model/ of a run), on disk or s3://: training begins with its "
+        "weights, memory and all; segments may be of another length; none: with a new memory",
+    )
     backbone: str | None = Field(
         default=None,
         description="directory saved by Hugging Face, on disk or s3://; none: a new one of the shape below",
@@ -50,12 +55,14 @@ class ModelSettings(Config):
         default=2048, ge=1, description="of a new backbone: positions a segment may take with its memory"
     )
     memory: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
-        default={"kind": "rmt", "num_tokens": 4},
-        description="memory kind, or JSON with its settings, or a JSON list of such",
+        default=None,
+        description="memory kind, or JSON with its settings, or a JSON list of such; none: that of model.start, or "
+        '{"kind": "rmt", "num_tokens": 4}',
     )
     feed_forward: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default=None,
-        description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; none: nothing",
+        description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; none: what "
+        "replaces those of model.start, or nothing",
     )
     train: Literal["everything", "memory", "lora"] = Field(
         default="everything",
@@ -63,11 +70,31 @@ class ModelSettings(Config):
     )
     lora: LoraSettings = LoraSettings()
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_memory(cls, values: Any) -> Any:
+        """A new model has a memory, also where none is named; a trained one has its own."""
+        if isinstance(values, dict) and values.get("start") is None and values.get("memory") is None:
+            return {**values, "memory": {"kind": "rmt", "num_tokens": 4}}
+        return values
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> "ModelSettings":
+        if self.start is not None and self.backbone is not None:
+            raise ValueError("model.start and model.backbone are given; a trained model has a backbone, leave one out")
         if self.train != "lora" and self.lora != LoraSettings():
             raise ValueError(f"model.lora is set with model.train {self.train}; set model.train lora too")
         return self
+
+    @property
+    def directory(self) -> str | None:
+        """Where weights are read that the run begins with."""
+        return self.backbone if self.start is None else self.start
+
+    @property
+    def directory_field(self) -> str:
+        """The setting that names it, as users write it."""
+        return "model.backbone" if self.start is None else "model.start"
 
 
 class OptimizerSettings(Config):
@@ -321,7 +348,13 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) ->
     """The model's configuration for a tokenizer's vocabulary. Raises ValueError where parts do not fit."""
     settings = config.model
     backbone: Any = settings.backbone
-    if backbone is None:
+    memory, feed_forward = settings.memory, settings.feed_forward
+    if settings.start is not None:
+        trained = rmt_core.load_config(settings.start).to_json()
+        backbone = trained["backbone"]
+        memory = trained["memory"] if memory is None else memory
+        feed_forward = trained["feed_forward"] if feed_forward is None else feed_forward
+    elif backbone is None:
         backbone = {
             "model_type": settings.family,
             "vocab_size": tokenizer.vocab_size,
@@ -333,10 +366,10 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) ->
         raise InputError(f"model.backbone {backbone!r} is not a directory; give one saved by Hugging Face")
     return rmt_core.ModelConfig(
         backbone=backbone,
-        memory=settings.memory,
+        memory=memory,
         segment_len=segment_len,
         dtype=config.workers.precision,
-        feed_forward=settings.feed_forward,
+        feed_forward=feed_forward,
     )
 
 

@@ -30,7 +30,7 @@ from pipelines.data.tokenise import Tokenizer
 from pipelines.stores.faults import shown
 from pipelines.training import checkpoints
 from pipelines.training import engine as engines
-from pipelines.training.backbones import apart, brought, with_backbone
+from pipelines.training.backbones import apart, brought, with_directory
 from pipelines.training.bell import SILENT, Bell
 from pipelines.training.checkpoints import Part, Progress
 from pipelines.training.identity import Identity, check_same, identity_of
@@ -124,21 +124,21 @@ def _patient() -> Any:
 
 
 def _bring(config: TrainConfig, stack: contextlib.ExitStack) -> TrainConfig:
-    """The configuration with its backbone on this machine, which the first worker there brings. InputError."""
+    """The configuration with its directory on this machine, which the first worker there brings. InputError."""
     return stack.enter_context(brought(config)) if os.environ["LOCAL_RANK"] == "0" else config
 
 
 def _shared(local: TrainConfig) -> TrainConfig:
-    """With the place that the first worker of this machine has the backbone at; every worker calls it."""
+    """With the place that the first worker of this machine has the directory at; every worker calls it."""
     node = os.environ["NODE_RANK"]
     places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (node, os.environ["LOCAL_RANK"], local.model.backbone))
+    dist.all_gather_object(places, (node, os.environ["LOCAL_RANK"], local.model.directory))
     place = next(place for there, rank, place in places if (there, rank) == (node, "0"))
-    return local if place is None else with_backbone(local, place)
+    return local if place is None else with_directory(local, place)
 
 
 def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
-    """What a worker needs to start, `at_hand` with its backbone; the checkpoint is open as the stack is. InputError."""
+    """What a worker needs to start, `at_hand` with its directory; the checkpoint is open as the stack is. InputError."""
     _check_output(config.output)
     setup = set_up(at_hand)._replace(config=config)
     if dist.get_rank() == 0:

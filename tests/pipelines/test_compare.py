@@ -499,7 +499,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
 def test_an_evaluation_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = evaluation(tmp_path / "one", answers({1024: 1.0}))
     assert compare.main(["--results", one, "--output", one]) == 2
-    assert "holds a finished run of another command" in capsys.readouterr().err
+    assert "holds a run of another command" in capsys.readouterr().err
     assert len(list((tmp_path / "one").iterdir())) == 2
 
 

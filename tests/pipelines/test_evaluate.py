@@ -21,7 +21,7 @@ from pipelines import evaluate, storage
 from pipelines.config import InputError
 from pipelines.data import store
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import TASKS, base, questions, report
+from pipelines.tasks import TASKS, base, questions, report, report_plot
 from pipelines.tasks.base import MEMORIES, Figure, Material
 from pipelines.tasks.cost import COSTS, Meter
 from pipelines.tasks.held_out import BOOK, StoreHeldOut, TextHeldOut, open_held_out
@@ -508,7 +508,7 @@ def test_a_value_that_is_no_number_is_null_and_stands_in_the_report() -> None:
     lines += curve(64, "true", [float("inf")])
     assert [item["value"] for item in lines] == [None] * 4
     assert "| 64 | nan | nan | nan |" in report.markdown(SUBJECT, lines)
-    report.plot(SUBJECT, lines)
+    report_plot.plot(SUBJECT, lines)
 
 
 @pytest.mark.parametrize("kinds", ["curves", "answers", "both"])
@@ -516,7 +516,7 @@ def test_the_plot_has_a_panel_for_each_thing_measured(kinds: str) -> None:
     curves = [item for memory in MEMORIES for item in curve(64 * 1000, memory, [1.0 + i % 7 for i in range(1000)])]
     answers = [accuracy(64, memory, 0.5) for memory in MEMORIES]
     lines = {"curves": curves, "answers": answers, "both": curves + answers}[kinds]
-    image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
+    image = matplotlib.image.imread(io.BytesIO(report_plot.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * (2 if kinds == "both" else 1))
 
 
@@ -526,7 +526,7 @@ def test_the_plot_tells_where_no_memory_is_needed_and_chance_by_length(monkeypat
     for needed in (False, True):
         lines = [accuracy(64, memory, 0.5, needs_memory=needed) for memory in MEMORIES]
         lines += [{**accuracy(256, memory, 0.5, needs_memory=True), "chance": 0.25} for memory in MEMORIES]
-        report.plot(SUBJECT, lines)
+        report_plot.plot(SUBJECT, lines)
     told = [panel.get_legend_handles_labels()[1] for panel in drawn]
     assert [("hollow: no memory is needed" in labels) for labels in told] == [True, False]
     assert all("chance (0.0625 to 0.25)" in labels for labels in told)
@@ -549,8 +549,8 @@ def test_where_there_is_no_telling_what_chance_gives_none_is_shown() -> None:
     found: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Axes, "axhline", lambda self, *_, label, **__: found.append(label))
-        report.plot(SUBJECT, lines)
-        report.plot(SUBJECT, [accuracy(64, memory, 0.5) for memory in MEMORIES])
+        report_plot.plot(SUBJECT, lines)
+        report_plot.plot(SUBJECT, [accuracy(64, memory, 0.5) for memory in MEMORIES])
     assert found == ["chance (0.0625)"]
 
 
@@ -587,7 +587,7 @@ def test_counts_of_samples_are_summed_over_the_seeds_that_have_some() -> None:
     assert "### num unwritten\n\n| tokens | value |\n| ---: | ---: |\n| 64 | 5 |" in written
 
 
-def test_depths_have_a_table_and_a_heat_map() -> None:
+def test_depths_have_a_table_and_a_heat_map(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [accuracy(length, memory, 0.5) for length in (64, 128) for memory in MEMORIES]
     for length in (64, 128):
         for depth in (0.0, 0.5, 1.0):
@@ -598,10 +598,16 @@ def test_depths_have_a_table_and_a_heat_map() -> None:
     assert "| tokens | samples a depth | depth 0 | depth 0.5 | depth 1 |" in written
     assert "| 128 | 4 to 5 | 0.0000 [0, 1] | 0.5000 [0, 1] | 1.0000 [0, 1] |" in written
     assert "†" not in written
-    image = matplotlib.image.imread(io.BytesIO(report.plot(SUBJECT, lines)))
+    image = matplotlib.image.imread(io.BytesIO(report_plot.plot(SUBJECT, lines)))
     assert image.shape[:2] == (600, 768 * 2)
+    cells, labels = [], []
+    monkeypatch.setattr(Axes, "text", lambda _, x, y, text, **__: cells.append(text))
+    monkeypatch.setattr(Axes, "set_xlabel", lambda _, text: labels.append(text.removeprefix("text length (tokens)")))
     lines[-2] |= {"same_place": True}
     written = report.markdown(SUBJECT, [{**one, "seed": seed} for seed in (1, 0) for one in lines])
+    report_plot.plot(SUBJECT, lines)
+    assert report_plot.SAME_PLACE in labels
+    assert [text for text in cells if "†" in text] == ["0.50†"]
     assert re.search(r"\| 128 \| 8 to 10 \| 0.0000 \[.+\] \| 0.5000 \[.+\]† \| 1.0000 \[[^†]+\] \|", written)
     assert "† Facts stand where they do at the depth before" in written
 
@@ -613,4 +619,4 @@ def test_an_oracle_stands_beside_the_memories() -> None:
     written = report.markdown(SUBJECT, lines)
     assert "| 64 | 4 | 0.3750 [0.2500, 0.5000] |" in written
     assert "last quarter, and at every place the true symbols before it" in written
-    report.plot(SUBJECT, lines)
+    report_plot.plot(SUBJECT, lines)

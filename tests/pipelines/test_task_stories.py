@@ -208,7 +208,9 @@ def test_every_question_of_a_story_is_asked_once_and_answered(task: str) -> None
         assert facts == whole.facts
         assert set(pairs) <= set(whole.questions)
         assert len(pairs) == len(asked) == len(set(pairs)) == min(len(whole.questions), MOST_ASKED)
-        assert [BYTES.decode(tokens[a.at : a.at + len(a.tokens)]) for a in sample.answers] == [f" {b}" for _, b in pairs]
+        assert [BYTES.decode(tokens[a.at : a.at + len(a.tokens)]) for a in sample.answers] == [
+            f" {b}" for _, b in pairs
+        ]
         assert len(tokens) == 6000
         nums.add(len(pairs))
         places[pairs.index((whole.question, whole.answer)) if (whole.question, whole.answer) in pairs else None] += 1
