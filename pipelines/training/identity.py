@@ -28,7 +28,7 @@ _READ_BYTES = 16 * 1024**2  # at a time
 def identity_of(config: TrainConfig, store: Store, model: rmt_core.ModelConfig) -> Identity:
     """Equal for runs that would learn the same, whatever the number of workers.
 
-    Reads weights that it begins with from the first byte to the last: seconds for a large one. InputError where it has none.
+    Reads weights that it begins with to the last byte: seconds for a large one. InputError where there are none.
     """
     settings = config.model_dump(mode="json", exclude=HOUSEKEEPING)
     if config.curriculum.advance_below is not None:  # which is looked at when a line of metrics is written

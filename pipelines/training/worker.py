@@ -138,7 +138,7 @@ def _shared(local: TrainConfig) -> TrainConfig:
 
 
 def _prepare(config: TrainConfig, at_hand: TrainConfig, stack: contextlib.ExitStack) -> tuple[Setup, Found | None]:
-    """What a worker needs to start, `at_hand` with its directory; the checkpoint is open as the stack is. InputError."""
+    """What a worker needs to start, `at_hand` with its weights; the checkpoint is open as the stack is. InputError."""
     _check_output(config.output)
     setup = set_up(at_hand)._replace(config=config)
     if dist.get_rank() == 0:
