@@ -16,9 +16,10 @@ from pipelines.data.tokenise import ByteTokenizer
 from pipelines.training import worker
 from pipelines.training.backbones import apart, brought
 from pipelines.training.settings import TrainConfig, model_config
+from pipelines.training.weights import fresh_model
 
 
-def config(backbone: str, **changes: Any) -> TrainConfig:
+def config(backbone: str | None, **changes: Any) -> TrainConfig:
     settings = {
         "batch_size": 2,
         "segment_len": 48,
@@ -44,6 +45,39 @@ def places(s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
 def test_the_run_is_the_same_wherever_its_backbone_lies(places: tuple[str, str]) -> None:
     here, there = places
     assert train.check(config(there)) == train.check(config(here))
+
+
+def test_a_run_that_begins_with_a_trained_model_is_known_by_its_weights(s3_bucket: str, tmp_path: Path) -> None:
+    def saved(seed: int) -> str:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        backbone = {"model_type": "llama", "vocab_size": 257, **sizes}
+        memory = {"kind": "rmt", "num_tokens": 2}
+        model = rmt_core.build(backbone=backbone, memory=memory, segment_len=24)
+        rmt_core.save(tmp_path / str(seed), model, ByteTokenizer())
+        return str(tmp_path / str(seed))
+
+    def identity(place: str) -> Any:
+        return train.check(config(None, model={"start": place}))
+
+    one, other = saved(0), saved(1)
+    storage.upload_directory(Path(one), f"{s3_bucket}/trained")
+    found = identity(one)
+    assert found["model"]["memory"] == rmt_core.load_config(one).to_json()["memory"]
+    assert found["model"]["segment_len"] == 48
+    assert identity(f"{s3_bucket}/trained") == found
+    assert identity(other) != found
+    with brought(config(None, model={"start": f"{s3_bucket}/trained"})) as at_hand:
+        setup_model = fresh_model(model_config(at_hand, ByteTokenizer(), 48), at_hand.model, seed=3)
+    wanted = rmt_core.load(one)
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in setup_model.state_dict().items())
+    with pytest.raises(InputError, match="model.start '.*nothing' holds no config.json; give a directory saved by tr"):
+        identity(f"{s3_bucket}/nothing")
+    with pytest.raises(InputError, match="has no config.json; give a directory written by rmt_core.save"):
+        identity(str(tmp_path / "nothing"))
+    (tmp_path / "0" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model.start .* holds no weights"):
+        identity(one)
 
 
 def test_a_description_apart_from_its_directory_says_the_same(places: tuple[str, str]) -> None:

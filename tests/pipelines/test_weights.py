@@ -11,7 +11,8 @@ import transformers
 
 import rmt_core
 from pipelines.config import InputError
-from pipelines.training.settings import LoraSettings, ModelSettings
+from pipelines.data.tokenise import ByteTokenizer
+from pipelines.training.settings import LoraSettings, ModelSettings, TrainConfig, model_config
 from pipelines.training.weights import (
     choose_trained,
     fresh_model,
@@ -172,6 +173,61 @@ def test_a_backbones_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('layers": 2', 'layers": 3'))
     with pytest.raises(InputError, match="do not fit its config.json"):
         fresh_model(described, settings, seed=0)
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "tied"])
+def test_a_run_begins_with_a_trained_model_memory_and_all(shape: str, tmp_path: Path) -> None:
+    trained = build(shape, "float32")
+    rmt_core.save(tmp_path, trained)
+    settings = build_settings(tmp_path)
+    model = fresh_model(described(settings, 16), settings, seed=5)
+    assert model.training
+    assert tensors_of(model).keys() == tensors_of(trained).keys()
+    assert all(torch.equal(tensors_of(model)[name], tensor) for name, tensor in tensors_of(trained).items())
+    assert torch.equal(logits(model), logits(trained))
+    assert model.config.to_json() == trained.config.to_json()
+
+
+def test_a_trained_model_goes_on_with_other_segments_noise_and_adapters(tmp_path: Path) -> None:
+    trained = build("llama", "float32", memory={"kind": "rmt", "num_tokens": 3})
+    rmt_core.save(tmp_path, trained)
+    settings = build_settings(tmp_path, memory={"kind": "rmt", "num_tokens": 3, "noise": 0.5}, train="lora")
+    model = fresh_model(described(settings, 24), settings, seed=5)
+    assert model.segment_len == 24
+    assert model.config.memory[0]["noise"] == 0.5
+    plain = plain_tensors(model)
+    assert all(torch.equal(plain[name], tensor) for name, tensor in tensors_of(trained).items())
+    assert {name for name, each in model.named_parameters() if each.requires_grad} > set()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"memory": {"kind": "rmt", "num_tokens": 4}}, r"as memory.*: \(3, 32\) in place of \(4, 32\); leave out"),
+        ({"memory": {"kind": "none"}}, r"as memory.*: \(3, 32\) in place of nothing; leave out"),
+        ({"feed_forward": {"kind": "ultramem"}}, r"as backbone.*: .* in place of .*; leave out"),
+    ],
+)
+def test_weights_of_another_memory_are_refused(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    rmt_core.save(tmp_path, build("llama", "float32"))
+    settings = build_settings(tmp_path, **given)
+    with pytest.raises(InputError, match=says):
+        fresh_model(described(settings, 16), settings, seed=0)
+
+
+def test_a_new_model_has_a_memory_and_a_trained_one_its_own(tmp_path: Path) -> None:
+    assert ModelSettings().memory == ModelSettings(memory=None).memory == {"kind": "rmt", "num_tokens": 4}
+    assert build_settings(tmp_path).memory is None
+    with pytest.raises(ValueError, match=r"model\.start and model\.backbone are given"):
+        build_settings(tmp_path, backbone=str(tmp_path))
+
+
+def build_settings(start: Path, **settings: Any) -> ModelSettings:
+    return ModelSettings(start=str(start), **settings)
+
+
+def described(settings: ModelSettings, segment_len: int) -> rmt_core.ModelConfig:
+    return model_config(TrainConfig(model=settings), ByteTokenizer(), segment_len)
 
 
 LOAD_WITHOUT = """

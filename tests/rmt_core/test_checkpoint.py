@@ -45,6 +45,18 @@ def test_a_loaded_model_equals_the_saved_one(memory: Any, tmp_path: Path) -> Non
     assert not any(module.training for module in again.modules())
 
 
+def test_the_configuration_is_read_without_weights(tmp_path: Path) -> None:
+    model = tiny_model(RMT)
+    rmt_core.save(tmp_path / "model", model)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert rmt_core.load_config(tmp_path / "model").to_json() == model.config.to_json()
+    with pytest.raises(ValueError, match="has no config.json; give a directory written by rmt_core.save"):
+        rmt_core.load_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "rmt-model-1", "model": {"width": 3}}')
+    with pytest.raises(ValueError, match="is no model's configuration"):
+        rmt_core.load_config(tmp_path)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_saved_and_loaded(family: str, tied: bool, tmp_path: Path) -> None:
