@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..state import State
 from .base import Block, Dimensions, Heads, LearnedRows, Memory, Segment, append_rows, at_least, split_rows, take
+from .gates import GATES
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,19 @@ class RMTConfig:
     bidirectional: bool = False  # rows of one memory block see each other both ways
     max_past_memories: int = 0  # past memories kept to retrieve from, the newest ones (RMT-R); 0: no retrieval
     noise: float = 0.0  # in training only: standard deviation of what is added to the memory, of its root mean square
+    gate: str | None = (
+        None  # between the old memory and what is written: "fixed", "lstm" or None, the written replaces it
+    )
 
     def __post_init__(self) -> None:
         at_least(0, self, "num_tokens", "max_past_memories", "noise")
         read = self.num_read_tokens
         if read is not None and (type(read) is not int or read < 1):
             raise ValueError(f"memory.num_read_tokens is {read!r}; it must be a whole number, at least 1, or None")
-        if not self.num_tokens and (read is not None or self.max_past_memories):
-            raise ValueError("memory.num_tokens is 0; it must be at least 1 where rows are read or retrieved")
+        if self.gate is not None and self.gate not in GATES:
+            raise ValueError(f"memory.gate is {self.gate!r}; it must be one of {', '.join(GATES)}, or None")
+        if not self.num_tokens and (read is not None or self.max_past_memories or self.gate):
+            raise ValueError("memory.num_tokens is 0; it must be at least 1 where rows are read, retrieved or gated")
 
 
 class RMTMemory(Memory):
@@ -54,6 +60,9 @@ class RMTMemory(Memory):
     What is held only loosely is lost then, so that the model learns to restore its memory in every segment; without,
     nothing in training tells whether small errors grow or shrink over more segments than it reaches. Not in published
     RMTs.
+
+    With `gate` the written rows do not replace the memory: gates of Block-Recurrent Transformers decide, number by
+    number, what of the old one stays. Not in published RMTs either.
 
     On an encoder (arXiv:2304.11062, section 2) the memory stands once, before the text, and what comes out of its rows
     is the new state; the options above are for causal backbones.
@@ -79,6 +88,7 @@ class RMTMemory(Memory):
         self.initial = LearnedRows(config.num_tokens, width, std)
         self.extra = LearnedRows(num_extra, width, std) if num_extra else None
         self.retrieval = Retrieval(width) if retrieves else None
+        self.gate = None if config.gate is None else GATES[config.gate](width)
 
     def init_state(self, batch_size: int) -> State:
         memory: Tensor = self.initial(batch_size)
@@ -122,6 +132,8 @@ class RMTMemory(Memory):
         if not segment.writes:
             return h, state
         text, written = split_rows(h, self.rows_after, segment.lengths)
+        if self.gate is not None:
+            written = self.gate(state if self.retrieval is None else state["memory"], written)
         return text, written if self.retrieval is None else {"memory": written, **_remember(state)}
 
 

@@ -3,6 +3,7 @@
 Axes: B rows, N tokens of a text, M memory tokens, D width.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,6 +51,24 @@ def naive_retrieval(module: Any, rows: Tensor, memories: list[Tensor]) -> Tensor
     return torch.stack(found)
 
 
+def naive_gate(gate: Any, kind: str | None, memory: Tensor, written: Tensor) -> Tensor:
+    """arXiv:2203.07852, equations 2 to 7, number by number."""
+    if kind is None:
+        return written
+    found = torch.empty_like(memory)
+    for m, d in itertools.product(range(len(memory)), range(memory.shape[1])):
+        old, row = memory[m, d], written[m]
+        z = gate.value.weight[d] @ row + gate.value.bias[d]
+        if kind == "fixed":
+            g = 1 / (1 + torch.exp(-gate.bias[d]))
+            found[m, d] = old * g + z * (1 - g)
+        else:
+            i = 1 / (1 + torch.exp(1 - gate.into.weight[d] @ row - gate.into.bias[d]))
+            f = 1 / (1 + torch.exp(-1 - gate.forget.weight[d] @ row - gate.forget.bias[d]))
+            found[m, d] = old * f + torch.tanh(z) * i
+    return found
+
+
 def naive_rmt(model: RecurrentModel, text: Tensor) -> Read:
     """arXiv:2207.06881, section 3, for one text (N,): `[M; E(x); M]` through the plain model, segment after segment."""
     lm: Any = model.backbone.lm
@@ -67,7 +86,7 @@ def naive_rmt(model: RecurrentModel, text: Tensor) -> Read:
         h = body(inputs_embeds=rows[None], attention_mask=seen[None, None], use_cache=False).last_hidden_state[0]
         hidden.append(h[len(read) : len(read) + len(segment)])
         past.append(memory)
-        memory = h[len(h) - len(memory) :]
+        memory = naive_gate(model.memory.gate, settings["gate"], memory, h[len(h) - len(memory) :])
     return Read(torch.cat(hidden), memory, past)
 
 
@@ -121,7 +140,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fewer read": {"num_read_tokens": 1},
     "retrieval": {"max_past_memories": 2},
     "retrieval, longer than the text": {"max_past_memories": 9},
-    "all": {**OPEN, "num_read_tokens": 4, "max_past_memories": 1},
+    "fixed gate": {"gate": "fixed"},
+    "lstm gate": {"gate": "lstm", "num_read_tokens": 2},
+    "all": {**OPEN, "num_read_tokens": 4, "max_past_memories": 1, "gate": "lstm"},
 }
 
 
@@ -232,6 +253,11 @@ def test_noise_is_drawn_again_where_a_segment_is_computed_again(mode: str) -> No
         (
             {"num_tokens": 0, "num_read_tokens": 2},
             r"memory\.num_tokens is 0; it must be at least 1 where rows are read",
+        ),
+        ({"gate": "gru"}, r"memory\.gate is 'gru'; it must be one of fixed, lstm, or None"),
+        (
+            {"num_tokens": 0, "gate": "lstm"},
+            r"memory\.num_tokens is 0; it must be at least 1 where rows are read, retrieved or gated",
         ),
         ({"num_tokens": 0, "max_past_memories": 2}, r"memory\.num_tokens is 0; it must be at least 1 where rows"),
         ({"max_past_memories": -2}, r"memory\.max_past_memories is -2; it must be at least 0"),

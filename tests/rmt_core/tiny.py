@@ -48,6 +48,7 @@ MEMORIES: dict[str, Any] = {
     "xl+rmt-open": [XL, OPEN_RMT],
     "rmt-5-read": {"kind": "rmt", "num_tokens": 3, "num_read_tokens": 5},
     "rmt-r": RMT_R,
+    "rmt-lstm": {"kind": "rmt", "num_tokens": 3, "gate": "lstm"},
     "infinity": INFINITY,
     "xl+infinity": [XL, INFINITY],
 }
