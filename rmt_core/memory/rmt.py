@@ -25,9 +25,7 @@ class RMTConfig:
     bidirectional: bool = False  # rows of one memory block see each other both ways
     max_past_memories: int = 0  # past memories kept to retrieve from, the newest ones (RMT-R); 0: no retrieval
     noise: float = 0.0  # in training only: standard deviation of what is added to the memory, of its root mean square
-    gate: str | None = (
-        None  # between the old memory and what is written: "fixed", "lstm" or None, the written replaces it
-    )
+    gate: str | None = None  # between the old memory and what is written, "fixed" or "lstm"; None: no old one stays
 
     def __post_init__(self) -> None:
         at_least(0, self, "num_tokens", "max_past_memories", "noise")
