@@ -63,9 +63,10 @@ from pipelines.training.run_directory import (
     registered_checkpoints,
     remove_unfinished,
 )
-from pipelines.training.settings import TrainConfig, model_config
+from pipelines.training.settings import ModelSettings, TrainConfig, model_config
 from pipelines.training.tracking import check_tracking
 from pipelines.training.visibility import check_storage
+from pipelines.training.weights import check_start
 from pipelines.training.worker import train_worker
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.train")
@@ -215,6 +216,9 @@ def _outlined(
     try:
         with described(config) as at_hand:
             description = apart(model_config(at_hand, tokenizer, store.segment_len))
+            if at_hand.model.start is not None:
+                trained = outline(rmt_core.load_config(at_hand.model.start), ModelSettings())
+                check_start(str(config.model.start), trained, outline(description, ModelSettings()))
         model = outline(description, config.model)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -36,17 +36,22 @@ def fresh_model(description: rmt_core.ModelConfig, settings: ModelSettings, seed
 
 
 def _begin_with(model: rmt_core.RecurrentModel, directory: str) -> None:
-    """Copies a trained model's weights, all of them; ValueError that names those that the model has otherwise."""
-    trained, own = rmt_core.load(directory).state_dict(), model.state_dict()
-    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (trained, own)]
-    unlike = sorted(name for name in {**trained, **own} if shapes[0].get(name) != shapes[1].get(name))
+    """Copies a trained model's weights, all of them. ValueError."""
+    trained = rmt_core.load(directory)
+    check_start(directory, trained, model)
+    model.load_state_dict(trained.state_dict())
+
+
+def check_start(directory: str, trained: rmt_core.RecurrentModel, model: rmt_core.RecurrentModel) -> None:
+    """ValueError that names a weight of one model that the other has otherwise; models without weights will do."""
+    shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (trained, model)]
+    unlike = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
     if unlike:
         first = " in place of ".join(str(one.get(unlike[0], "nothing")) for one in shapes)
         raise ValueError(
             f"model.start {directory}: its weights are not those of this model, as {unlike[0]}: {first}; leave out "
             "model.memory and model.feed_forward, or give such as it was trained with"
         )
-    model.load_state_dict(trained)
 
 
 def choose_trained(model: rmt_core.RecurrentModel, settings: ModelSettings) -> None:

@@ -1,6 +1,7 @@
 """Recurrent Memory Transformer (Bulatov et al. 2022, arXiv:2207.06881, section 3; 2023, arXiv:2304.11062).
 
-With `max_past_memories` it is RMT-R, which also attends to its own past memories (a baseline in arXiv:2407.04841).
+With `gate` it keeps of its memory what gates leave (Hutchins et al. 2022, arXiv:2203.07852). With `max_past_memories` it
+is RMT-R, which also attends to its own past memories (a baseline in arXiv:2407.04841).
 
 Axes: B rows, T tokens of a segment, M memory tokens, R rows read, P past memories, S = R + T + M, H heads, D width.
 """
@@ -13,7 +14,6 @@ from torch.nn import functional as F
 
 from ..state import State
 from .base import Block, Dimensions, Heads, LearnedRows, Memory, Segment, append_rows, at_least, split_rows, take
-from .gates import GATES
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,48 @@ class RMTMemory(Memory):
         if self.gate is not None:
             written = self.gate(state if self.retrieval is None else state["memory"], written)
         return text, written if self.retrieval is None else {"memory": written, **_remember(state)}
+
+
+class FixedGate(nn.Module):
+    """`c g + (W_z h + b_z) (1 - g)` with `g = sigmoid(b_g)`, the same for all rows and segments.
+
+    The old memory `c` and the written rows `h`, both (B, M, D), give the new memory number by number (equations 2 and 3
+    of Block-Recurrent Transformers, Hutchins et al. 2022, arXiv:2203.07852, section 3.2).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = _linear(width)
+        self.bias = nn.Parameter(torch.ones(width))
+
+    def forward(self, memory: Tensor, written: Tensor) -> Tensor:
+        return torch.lerp(self.value(written), memory, torch.sigmoid(self.bias))
+
+
+class LSTMGate(nn.Module):
+    """`c f + z i`, which writes and forgets little at first (the same, equations 4 to 7).
+
+    `z = tanh(W_z h + b_z)`, `i = sigmoid(W_i h + b_i - 1)`, `f = sigmoid(W_f h + b_f + 1)`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value, self.into, self.forget = (_linear(width) for _ in range(3))
+
+    def forward(self, memory: Tensor, written: Tensor) -> Tensor:
+        i, f = torch.sigmoid(self.into(written) - 1), torch.sigmoid(self.forget(written) + 1)
+        return memory * f + torch.tanh(self.value(written)) * i
+
+
+GATES: dict[str, type[FixedGate | LSTMGate]] = {"fixed": FixedGate, "lstm": LSTMGate}
+
+
+def _linear(width: int) -> nn.Linear:
+    """Small weights, so that gates begin near their offsets, as published."""
+    made = nn.Linear(width, width)
+    nn.init.normal_(made.weight, std=(0.1 / width) ** 0.5)
+    nn.init.zeros_(made.bias)
+    return made
 
 
 class Retrieval(nn.Module):

@@ -71,6 +71,8 @@ def test_a_run_that_begins_with_a_trained_model_is_known_by_its_weights(s3_bucke
         setup_model = fresh_model(model_config(at_hand, ByteTokenizer(), 48), at_hand.model, seed=3)
     wanted = rmt_core.load(one)
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in setup_model.state_dict().items())
+    with pytest.raises(InputError, match=r"start s3:.*trained: .* as memory.initial.weight: \(2, 16\) in pl"):
+        train.check(config(None, model={"start": f"{s3_bucket}/trained", "memory": {"kind": "rmt", "num_tokens": 3}}))
     with pytest.raises(InputError, match="model.start '.*nothing' holds no config.json; give a directory saved by tr"):
         identity(f"{s3_bucket}/nothing")
     with pytest.raises(InputError, match="has no config.json; give a directory written by rmt_core.save"):
