@@ -1,7 +1,7 @@
 """Recurrent Memory Transformer (Bulatov et al. 2022, arXiv:2207.06881, section 3; 2023, arXiv:2304.11062).
 
-With `gate` it keeps of its memory what gates leave (Hutchins et al. 2022, arXiv:2203.07852). With `max_past_memories` it
-is RMT-R, which also attends to its own past memories (a baseline in arXiv:2407.04841).
+With `gate` it keeps of its memory what gates leave (Hutchins et al. 2022, arXiv:2203.07852). With `max_past_memories`
+it is RMT-R, which also attends to its own past memories (a baseline in arXiv:2407.04841).
 
 Axes: B rows, T tokens of a segment, M memory tokens, R rows read, P past memories, S = R + T + M, H heads, D width.
 """
