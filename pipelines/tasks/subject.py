@@ -1,5 +1,6 @@
 """What an evaluation is of: the model as it is read, in words and numbers."""
 
+import dataclasses
 from typing import Any
 
 import rmt_core
@@ -29,6 +30,8 @@ def subject_of(name: str, model: RecurrentModel, held_out: HeldOut, seeds: range
 
 
 def _in_words(settings: dict[str, Any]) -> str:
-    """A memory's kind and settings, without those that are off."""
-    rest = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "kind" and value)
+    """A memory's kind and settings, without those that are off and are so by default."""
+    usual = {field.name: field.default for field in dataclasses.fields(rmt_core.MEMORIES[settings["kind"]].Config)}
+    told = {name: value for name, value in settings.items() if name != "kind" and (value or value != usual[name])}
+    rest = ", ".join(f"{name} {value}" for name, value in told.items())
     return f"{settings['kind']} ({rest})" if rest else str(settings["kind"])

@@ -30,6 +30,7 @@ from pipelines.tasks.perplexity import stretch_bounds
 from pipelines.tasks.report import Subject
 from pipelines.tasks.running import Run, _num_texts, check_compiler, load
 from pipelines.tasks.samples import Answer, Sample
+from pipelines.tasks.subject import subject_of
 from tests.rmt_core.tiny import RMT, tiny_model
 
 BYTES = ByteTokenizer()
@@ -620,3 +621,13 @@ def test_an_oracle_stands_beside_the_memories() -> None:
     assert "| 64 | 4 | 0.3750 [0.2500, 0.5000] |" in written
     assert "last quarter, and at every place the true symbols before it" in written
     report_plot.plot(SUBJECT, lines)
+
+
+def test_a_memory_is_told_with_what_is_off_unless_it_is_so_by_default() -> None:
+    def told(**settings: Any) -> str:
+        return subject_of("one", tiny_model(settings), HERE.held_out, range(1)).memory
+
+    assert told(kind="rmt", num_tokens=3) == "rmt (num_tokens 3)"
+    assert told(kind="rmt", num_tokens=0) == "rmt (num_tokens 0)"
+    assert "forgetting True" in told(kind="memformer", num_heads=2)
+    assert "forgetting False" in told(kind="memformer", num_heads=2, forgetting=False)
