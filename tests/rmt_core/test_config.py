@@ -52,7 +52,14 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 
 def test_settings_are_written_out() -> None:
-    rmt = {"kind": "rmt", "num_read_tokens": None, "bidirectional": False, "max_past_memories": 0, "noise": 0.0}
+    rmt = {
+        "kind": "rmt",
+        "num_read_tokens": None,
+        "bidirectional": False,
+        "max_past_memories": 0,
+        "noise": 0.0,
+        "gate": None,
+    }
     assert config(memory="rmt").memory == ({**rmt, "num_tokens": 8},)
     assert config(memory=["xl", {"kind": "rmt", "num_tokens": 2}]).memory == (
         {"kind": "xl", "cache_len": 128},
