@@ -98,12 +98,12 @@ def test_a_plan_brings_no_weights(places: tuple[str, str], monkeypatch: pytest.M
     assert planned["num_nodes_with_storage"] == 1
 
 
-def train_what_was_brought(rank: int, places: tuple[str, str], tmp_path: Path) -> None:
+def train_what_was_brought(rank: int, given: dict[str, Any], weights: str, tmp_path: Path) -> None:
     """A process of its own: DeepSpeed knows one process group in all."""
     os.environ.update(LOCAL_RANK="0", NODE_RANK="0", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=1)
-    with brought(config(places[1])) as at_hand:
-        folder = Path(str(at_hand.model.backbone))
+    with brought(config(None, model=given)) as at_hand:
+        folder = Path(str(at_hand.model.directory))
         assert worker._shared(at_hand) == at_hand
         setup = worker.set_up(at_hand)
     assert not folder.exists()
@@ -113,15 +113,28 @@ def train_what_was_brought(rank: int, places: tuple[str, str], tmp_path: Path) -
     run.write(tmp_path / "saved")
     run.lanes.close()
     torch.distributed.destroy_process_group()
-    brought_weights = LlamaForCausalLM.from_pretrained(places[0]).get_input_embeddings().weight
-    assert torch.equal(before, brought_weights)
+    assert torch.equal(before, torch.load(weights))
 
 
 @pytest.mark.long
-def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(places: tuple[str, str], tmp_path: Path) -> None:
-    multiprocessing.spawn(train_what_was_brought, args=(places, tmp_path), nprocs=1)  # type: ignore[attr-defined]
-    saved = rmt_core.load(tmp_path / "saved" / "model").backbone.lm.get_input_embeddings().weight
-    assert not torch.equal(saved, LlamaForCausalLM.from_pretrained(places[0]).get_input_embeddings().weight)
+@pytest.mark.parametrize("field", ["backbone", "start"])
+def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(
+    field: str, places: tuple[str, str], s3_bucket: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"backbone": places[1], "memory": {"kind": "rmt", "num_tokens": 2}}
+    model = rmt_core.build(backbone=places[0], memory=given["memory"], segment_len=24)
+    if field == "start":
+        given = {"start": f"{s3_bucket}/begun"}
+        model.backbone.lm.get_input_embeddings().weight.data += 1
+        rmt_core.save(tmp_path / "begun", model, ByteTokenizer())
+        storage.upload_directory(tmp_path / "begun", given["start"])
+    begun = model.backbone.lm.get_input_embeddings().weight.detach()
+    torch.save(begun, tmp_path / "weights.pt")
+    args = (given, str(tmp_path / "weights.pt"), tmp_path)
+    multiprocessing.spawn(train_what_was_brought, args=args, nprocs=1)  # type: ignore[attr-defined]
+    saved = rmt_core.load(tmp_path / "saved" / "model")
+    assert not torch.equal(saved.backbone.lm.get_input_embeddings().weight, begun)
+    assert saved.segment_len == 48
 
 
 def test_workers_of_a_machine_read_what_its_first_one_brought(monkeypatch: pytest.MonkeyPatch) -> None:
