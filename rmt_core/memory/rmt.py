@@ -60,7 +60,7 @@ class RMTMemory(Memory):
     RMTs.
 
     With `gate` the written rows do not replace the memory: gates of Block-Recurrent Transformers decide, number by
-    number, what of the old one stays. Not in published RMTs either.
+    number, what of the old one stays, which is the memory without noise. Not in published RMTs either.
 
     On an encoder (arXiv:2304.11062, section 2) the memory stands once, before the text, and what comes out of its rows
     is the new state; the options above are for causal backbones.

@@ -113,7 +113,7 @@ def train_what_was_brought(rank: int, given: dict[str, Any], weights: str, tmp_p
     run.write(tmp_path / "saved")
     run.lanes.close()
     torch.distributed.destroy_process_group()
-    assert torch.equal(before, torch.load(weights))
+    assert torch.equal(before, torch.load(weights, weights_only=True))
 
 
 @pytest.mark.long

@@ -196,7 +196,7 @@ def test_chance_is_among_what_is_asked_for_and_not_named(task: str) -> None:
 
 @pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])
 def test_every_question_of_a_story_is_asked_once_and_answered(task: str) -> None:
-    nums, places = set(), Counter()
+    nums, places, num_reordered = set(), Counter(), 0
     for seed in range(40):
         sample = every_question(task)(SCENE, Wanted(6000, 64), np.random.default_rng(seed))
         tokens = texts.whole(sample.stream)
@@ -213,12 +213,14 @@ def test_every_question_of_a_story_is_asked_once_and_answered(task: str) -> None
         ]
         assert len(tokens) == 6000
         nums.add(len(pairs))
+        num_reordered += pairs != [one for one in whole.questions if one in pairs]
         places[pairs.index((whole.question, whole.answer)) if (whole.question, whole.answer) in pairs else None] += 1
         for question, answer in pairs:
             one = Story(facts, question, answer, [])
             assert (read_map(one) if task == "qa4" else Reader(facts).answer(question)) == answer
     assert nums <= {"qa1": {1, 2, 3, 4}, "qa2": {1, 2, 3}, "qa3": {*range(1, 9)}, "qa4": {8}, "qa5": {5, 8}}[task]
     assert len(places) > 2
+    assert num_reordered > 5
 
 
 @pytest.mark.parametrize("task", ["qa1", "qa4"])

@@ -225,6 +225,20 @@ def test_noise_stands_on_the_memory_that_a_training_segment_reads_and_continues(
     assert not close(found.hidden, quiet.hidden)
 
 
+def test_a_gate_keeps_of_the_memory_without_noise() -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, "noise": 0.5, "gate": "lstm"}, segment_len=T)
+    tokens = tokens_like(2, T)
+    _, state = model.step(tokens_like(2, T, seed=5), model.init_state(2))
+    given: list[Tensor] = []
+    model.memory.gate.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    model.step(tokens, state)
+    model.train().step(tokens, state)
+    quiet_memory, quiet_written, memory, written = given
+    assert torch.equal(quiet_memory, state)
+    assert torch.equal(memory, state)
+    assert not close(written, quiet_written)
+
+
 @pytest.mark.parametrize("mode", ["checkpoint", "replay"])
 def test_noise_is_drawn_again_where_a_segment_is_computed_again(mode: str) -> None:
     model = tiny_model({"kind": "rmt", "num_tokens": 3, "noise": 0.5}, segment_len=T).train()
