@@ -350,7 +350,10 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, segment_len: int) ->
     backbone: Any = settings.backbone
     memory, feed_forward = settings.memory, settings.feed_forward
     if settings.start is not None:
-        trained = rmt_core.load_config(settings.start).to_json()
+        try:
+            trained = rmt_core.load_config(settings.start).to_json()
+        except ValueError as error:
+            raise InputError(f"model.start: {error}") from error
         backbone = trained["backbone"]
         memory = trained["memory"] if memory is None else memory
         feed_forward = trained["feed_forward"] if feed_forward is None else feed_forward

@@ -75,7 +75,9 @@ def test_a_run_that_begins_with_a_trained_model_is_known_by_its_weights(s3_bucke
         train.check(config(None, model={"start": f"{s3_bucket}/trained", "memory": {"kind": "rmt", "num_tokens": 3}}))
     with pytest.raises(InputError, match="model.start '.*nothing' holds no config.json; give a directory saved by tr"):
         identity(f"{s3_bucket}/nothing")
-    with pytest.raises(InputError, match="has no config.json; give a directory written by rmt_core.save"):
+    with pytest.raises(
+        InputError, match="model.start: .*has no config.json; give a directory written by rmt_core.save"
+    ):
         identity(str(tmp_path / "nothing"))
     (tmp_path / "0" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="model.start .* holds no weights"):
