@@ -29,6 +29,8 @@ _FIRST: dict[str, Maker] = {
     "reverse": symbols.copying(backwards=True),
     "retrieval": symbols.retrieval(rewrites=False),
     "rewrites": symbols.retrieval(rewrites=True),
+    "retrieval_all": symbols.retrieval(rewrites=False, most_asked=symbols.MOST_ASKED),
+    "rewrites_all": symbols.retrieval(rewrites=True, most_asked=symbols.MOST_ASKED),
     "quadratic": quadratic.equation,
 }
 # Texts of their own around the facts.

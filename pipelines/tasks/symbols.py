@@ -21,6 +21,7 @@ from pipelines.tasks.texts import joined
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NUM_SORTED = 20  # symbols of a sorting text
 KEY_LEN = 4  # letters
+MOST_ASKED = 8  # keys of a text of the tasks that ask for all
 NUM_REWRITTEN = 16  # keys whose values are written again and again
 
 _MAX_SOURCE = 4096  # symbols
@@ -54,35 +55,38 @@ def _copying(backwards: bool, scene: Scene, wanted: Wanted, generator: np.random
     return compose(scene, wanted, [np.concatenate([start, *source])], asked, generator, place="start")
 
 
-def retrieval(*, rewrites: bool) -> Maker:
-    """Pairs of a key and a letter in background, one a segment; then one key, whose letter must follow.
+def retrieval(*, rewrites: bool, most_asked: int = 1) -> Maker:
+    """Pairs of a key and a letter in background, one a segment; then a key, whose letter must follow.
 
-    Without rewrites all keys differ. With them there are 16 keys, and what holds is the letter written last.
+    Without rewrites all keys differ. With them there are 16 keys, and what holds is the letter written last. Up to
+    `most_asked` different keys are asked for, in any order; from many questions a text looking up is learned sooner.
     """
-    return partial(_retrieval, rewrites)
+    return partial(_retrieval, rewrites, most_asked)
 
 
-def _retrieval(rewrites: bool, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+def _retrieval(rewrites: bool, most_asked: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     num = int(np.clip(wanted.length // wanted.segment_len - 1, 1, _MAX_PAIRS))
     while True:
         try:
-            return _looked_up(num, rewrites, scene, wanted, generator)
+            return _looked_up(num, rewrites, most_asked, scene, wanted, generator)
         except TooShortError as error:
             if num == 1:
                 raise
             num = max(1, num * wanted.length // error.need)  # fewer: the need is longer
 
 
-def _looked_up(num: int, rewrites: bool, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+def _looked_up(
+    num: int, rewrites: bool, most_asked: int, scene: Scene, wanted: Wanted, generator: np.random.Generator
+) -> Sample:
     """With so many pairs."""
     names = _distinct_keys(min(num, NUM_REWRITTEN) if rewrites else num, generator)
     which = generator.integers(len(names), size=num) if rewrites else np.arange(num)
     values = generator.integers(len(LETTERS), size=num)
     pairs = [scene.encode(f"\n{names[k]}:{LETTERS[v]}\n") for k, v in zip(which, values, strict=True)]
-    asked = int(generator.choice(np.unique(which)))
-    last = int(np.flatnonzero(which == asked)[-1])
-    question = ask(scene, f"\n{names[asked]}:", LETTERS[values[last]], len(LETTERS))
-    return compose(scene, wanted, pairs, [question], generator)
+    held = dict(zip(which.tolist(), values.tolist(), strict=True))  # what was written last
+    asked = generator.permutation(list(held))[:most_asked].tolist()
+    questions = [ask(scene, f"\n{names[k]}:", LETTERS[held[k]], len(LETTERS)) for k in asked]
+    return compose(scene, wanted, pairs, questions, generator)
 
 
 def _distinct_keys(num: int, generator: np.random.Generator) -> list[str]:

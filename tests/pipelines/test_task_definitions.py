@@ -202,6 +202,23 @@ def test_the_value_written_last_is_retrieved(rewrites: bool, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("length", [64, 200, 3200])
+def test_up_to_eight_keys_are_asked_for(rewrites: bool, length: int) -> None:
+    orders = set()
+    for seed in range(5):
+        sample = draw(symbols.retrieval(rewrites=rewrites, most_asked=8), length, seed)
+        text = BYTES.decode(texts.whole(sample.stream))
+        asked = [text[answer.at - 5 : answer.at - 1] for answer in sample.answers]
+        pairs = re.findall(r"(?<=\n)([A-Z]{4}):([A-Z])\n", text[: sample.answers[0].at - 6])
+        told = dict(pairs)
+        assert len(pairs) == max(1, length // SEGMENT_LEN - 1)
+        assert len(set(asked)) == len(asked) == min(8, len(told))
+        assert [told[key] for key in asked] == [BYTES.decode(answer.tokens) for answer in sample.answers]
+        orders.add(tuple([list(told).index(key) for key in asked]))
+    assert len(orders) > 1 or length < 3200
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
 @pytest.mark.parametrize("length", [15, 16, 100, 199, 391, 4000])
 def test_there_are_no_more_pairs_than_the_text_has_room_for(length: int, rewrites: bool) -> None:
     """A segment of 4 tokens holds no pair of 8."""
