@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rmt_core
@@ -17,6 +16,7 @@ from pipelines.training import worker
 from pipelines.training.backbones import apart, brought
 from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.weights import fresh_model
+from tests.process_group import spawn
 
 
 def config(backbone: str | None, **changes: Any) -> TrainConfig:
@@ -102,8 +102,7 @@ def test_a_plan_brings_no_weights(places: tuple[str, str], monkeypatch: pytest.M
 
 def train_what_was_brought(rank: int, given: dict[str, Any], weights: str, tmp_path: Path) -> None:
     """A process of its own: DeepSpeed knows one process group in all."""
-    os.environ.update(LOCAL_RANK="0", NODE_RANK="0", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=1)
+    os.environ["NODE_RANK"] = str(rank)
     with brought(config(None, model=given)) as at_hand:
         folder = Path(str(at_hand.model.directory))
         assert worker._shared(at_hand) == at_hand
@@ -114,7 +113,6 @@ def train_what_was_brought(rank: int, given: dict[str, Any], weights: str, tmp_p
     run.advance()
     run.write(tmp_path / "saved")
     run.lanes.close()
-    torch.distributed.destroy_process_group()
     assert torch.equal(before, torch.load(weights, weights_only=True))
 
 
@@ -132,8 +130,7 @@ def test_a_worker_trains_and_saves_when_what_was_brought_is_gone(
         storage.upload_directory(tmp_path / "begun", given["start"])
     begun = model.backbone.lm.get_input_embeddings().weight.detach()
     torch.save(begun, tmp_path / "weights.pt")
-    args = (given, str(tmp_path / "weights.pt"), tmp_path)
-    multiprocessing.spawn(train_what_was_brought, args=args, nprocs=1)  # type: ignore[attr-defined]
+    spawn(train_what_was_brought, 1, given, str(tmp_path / "weights.pt"), tmp_path)
     saved = rmt_core.load(tmp_path / "saved" / "model")
     assert not torch.equal(saved.backbone.lm.get_input_embeddings().weight, begun)
     assert saved.segment_len == 48

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import tempfile
 import time
 from datetime import timedelta
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.config import InputError, build
@@ -24,6 +22,7 @@ from pipelines.training.identity import check_same, identity_of
 from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.worker import Found, Run, set_up, start_run
 from pipelines.training.worker import _together as together
+from tests.process_group import join, spawn
 
 STAGES, MIDDLE, STEPS = (0, 1, 2, 3), 2, 4
 FLOAT32 = {f"zero{stage}": (stage, "float32") for stage in STAGES}
@@ -55,12 +54,8 @@ def run_of(config: TrainConfig, folder: Path | None) -> Run:
     return start_run(set_up(config), None if folder is None else Found(folder, checkpoints.read_progress(folder)))
 
 
-def worker(rank: int, world_size: int, port: int, root: str, others: tuple[int, ...]) -> None:
+def worker(rank: int, world_size: int, root: str, others: tuple[int, ...]) -> None:
     """Runs with `world_size` workers: whole ones, with a checkpoint on the way, and the rest of those of `others`."""
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))  # as Ray Train sets them
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     for way in WAYS:
         config = settings(*WAYS[way])
         folder = Path(root) / way
@@ -76,7 +71,6 @@ def worker(rank: int, world_size: int, port: int, root: str, others: tuple[int, 
             for _ in range(STEPS - MIDDLE):
                 rest.advance()
             rest.write(folder / f"rest{other}on{world_size}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of every way: runs of one and of two workers, and what became of their middles with one and with two."""
     root = tmp_path_factory.mktemp("runs")
     for world_size, others in ((2, (2,)), (1, (1, 2)), (2, (1,))):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        arguments = (world_size, port, str(root), others)
-        multiprocessing.spawn(worker, args=arguments, nprocs=world_size)  # type: ignore[attr-defined]
+        spawn(worker, world_size, world_size, str(root), others)
     return root
 
 
@@ -107,7 +97,7 @@ def test_a_run_of_this_process_goes_on_to_the_bit(tmp_path: Path, monkeypatch: p
     """What the long tests show for all stages and numbers of workers, for one worker under ZeRO 2."""
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():  # as Ray Train sets them
         monkeypatch.setenv(name, value)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    join(0, 1, tmp_path)
     try:
         whole = run_of(settings(2), None)
         for step in range(STEPS):
@@ -214,10 +204,8 @@ def test_what_kills_have_left_of_conversions_is_deleted_when_it_is_old(
     assert (converted / "converted").exists()
 
 
-def slow_worker(rank: int, port: int) -> None:
+def slow_worker(rank: int) -> None:
     """One of two, of which the first takes longer than steps may."""
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
 
     def prepare() -> str:
@@ -225,15 +213,11 @@ def slow_worker(rank: int, port: int) -> None:
         return "prepared"
 
     assert together(prepare, None) == "prepared"
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.long
 def test_workers_wait_for_one_that_prepares_longer_than_for_a_step() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(slow_worker, args=(port,), nprocs=2)  # type: ignore[attr-defined]
+    spawn(slow_worker, 2)
 
 
 def test_what_changed_is_named() -> None:

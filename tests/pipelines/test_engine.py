@@ -2,15 +2,12 @@
 
 import functools
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 
 import rmt_core
 from pipelines.config import InputError, build
@@ -22,6 +19,7 @@ from pipelines.training.settings import TrainConfig, learning_rate, model_config
 from pipelines.training.steps import Stepper, agree, seed_of
 from pipelines.training.weights import choose_trained, plain_tensors
 from rmt_core.checkpoint import tensors_of
+from tests.process_group import spawn
 
 STEPS, WORLD_SIZE = 3, 2
 MODES = {
@@ -141,14 +139,10 @@ class Reduced:
         return counted
 
 
-def worker(rank: int, port: int, folder: str, cases: dict[str, tuple[int, str, dict[str, Any]]]) -> None:
+def worker(rank: int, folder: str, cases: dict[str, tuple[int, str, dict[str, Any]]]) -> None:
     """The cases on one of two processes; rank 0 writes each case's parameters and what was reduced."""
     import deepspeed
 
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))  # as Ray Train sets them
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=WORLD_SIZE)
     reduced, counts = Reduced(), {}
     for name, case in cases.items():
         config = settings(*case)
@@ -176,7 +170,6 @@ def worker(rank: int, port: int, folder: str, cases: dict[str, tuple[int, str, d
         agree(differing, [], engine.device)
     if rank == 0:
         (Path(folder) / "reduced.json").write_text(json.dumps(counts))
-    torch.distributed.destroy_process_group()
 
 
 def window_loss(model: rmt_core.RecurrentModel, config: TrainConfig, segments: Any, state: Any, generator: Any) -> Any:
@@ -236,10 +229,7 @@ def more_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_cases(folder: Path, cases: dict[str, tuple[int, str, dict[str, Any]]]) -> Path:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, args=(port, str(folder), cases), nprocs=WORLD_SIZE)  # type: ignore[attr-defined]
+    spawn(worker, WORLD_SIZE, str(folder), cases)
     return folder
 
 

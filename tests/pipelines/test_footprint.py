@@ -2,15 +2,11 @@
 
 import gc
 import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing
 
 import rmt_core
 from pipelines.config import build
@@ -21,6 +17,7 @@ from pipelines.training.footprint import STAGES, activations_bytes, footprint
 from pipelines.training.live_bytes import LiveBytes
 from pipelines.training.settings import TrainConfig, model_config
 from pipelines.training.weights import choose_trained
+from tests.process_group import spawn
 
 WORLD_SIZE, SEGMENT_LEN = 2, 16
 PRECISIONS = ("float32", "bfloat16")
@@ -63,10 +60,7 @@ def peak_of(config: TrainConfig) -> int:
         return live.peak_bytes
 
 
-def measure(rank: int, port: int, name: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
+def measure(rank: int, name: str) -> None:
     found = {}
     for stage in STAGES:
         for precision in PRECISIONS:
@@ -74,16 +68,12 @@ def measure(rank: int, port: int, name: str) -> None:
             found[f"{stage} {precision}"] = peak_of(config_of(stage, precision))
     if rank == 0:
         Path(name).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     path = tmp_path_factory.mktemp("footprint") / "measured.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(measure, args=(port, str(path)), nprocs=WORLD_SIZE)  # type: ignore[attr-defined]
+    spawn(measure, WORLD_SIZE, str(path))
     return json.loads(path.read_text())
 
 

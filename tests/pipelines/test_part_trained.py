@@ -1,15 +1,12 @@
 """Runs of two workers that train adapters or the memory alone, under every ZeRO stage: checkpoints, probes, figures."""
 
 import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
 
 import rmt_core
 from pipelines.config import build
@@ -18,6 +15,7 @@ from pipelines.training import engine as engines
 from pipelines.training.costs import outline, segment_cost
 from pipelines.training.settings import TrainConfig
 from rmt_core.checkpoint import tensors_of
+from tests.process_group import spawn
 
 pytestmark = pytest.mark.long
 
@@ -60,15 +58,7 @@ def advance(run: worker.Run, num_steps: int, to: Path) -> None:
     dist.barrier()
 
 
-def join(rank: int, port: int, world_size: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))  # as Ray Train sets them
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-
-
-def two_workers(rank: int, port: int, name: str) -> None:
-    join(rank, port, 2)
+def two_workers(rank: int, name: str) -> None:
     for stage in STAGES:
         folder = Path(name) / str(stage)
         run = start(config_of(stage))
@@ -82,28 +72,18 @@ def two_workers(rank: int, port: int, name: str) -> None:
         metrics = watched._metrics(elapsed_s=2.0)
         if rank == 0:
             (folder / "metrics.json").write_text(json.dumps(metrics))
-    dist.destroy_process_group()
 
 
-def one_worker(rank: int, port: int, name: str) -> None:
-    join(rank, port, 1)
+def one_worker(rank: int, name: str) -> None:
     for stage in (1, 2):
         folder = Path(name) / str(stage)
         advance(start(config_of(stage), folder / "checkpoint"), 2, folder / "alone")
-    dist.destroy_process_group()
-
-
-def spawn(work: Any, num_workers: int, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, args=(port, str(folder)), nprocs=num_workers)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("part")
-    spawn(two_workers, 2, folder)
+    spawn(two_workers, 2, str(folder))
     return folder
 
 
@@ -164,7 +144,7 @@ def test_figures_of_a_run_are_told(ran: Path, stage: int) -> None:
 
 
 def test_another_number_of_workers_goes_on_with_what_is_trained(ran: Path) -> None:
-    spawn(one_worker, 1, ran)
+    spawn(one_worker, 1, str(ran))
     for stage in (1, 2):
         alone, straight = weights(ran / str(stage) / "alone"), weights(ran / str(stage) / "straight")
         for name, tensor in straight.items():

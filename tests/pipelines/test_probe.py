@@ -4,8 +4,8 @@ Axes: R rows, K segments, T tokens of a segment.
 """
 
 import hashlib
-import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from pipelines.data.store import DocumentEntry
 from pipelines.training.probe import Probe, take_texts
 from pipelines.training.states import relative_change, state_figures
 from rmt_core import SegmentBatch
+from tests.process_group import join
 
 T = 4
 
@@ -38,11 +39,8 @@ class Store:
 
 
 @pytest.fixture
-def one_process() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+def one_process(tmp_path: Path) -> Iterator[None]:
+    join(0, 1, tmp_path)
     yield
     dist.destroy_process_group()
 

@@ -3,17 +3,13 @@
 Axes: B rows, T tokens of a segment.
 """
 
-import socket
-from datetime import timedelta
-
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import rmt_core
 from rmt_core import SegmentBatch
+from tests.process_group import spawn
 
 from .sampling import sampling_model
 from .tiny import MEMORIES, gradients, next_labels, tiny_model, tokens_like
@@ -22,13 +18,8 @@ B, T = 3, 4
 WORLD_SIZE = 2
 
 
-def worker(rank: int, port: int) -> None:
+def worker(rank: int) -> None:
     """One of two processes: steps on rows of its own; a gradient that is waited for in vain fails the next step."""
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60)
-    )
     model, alone = (tiny_model(MEMORIES["armt"], segment_len=T) for _ in range(2))  # has what only writes the state
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     for num_segments in (1, 1, 2):
@@ -41,17 +32,13 @@ def worker(rank: int, port: int) -> None:
         found = gradients(model)
         for name, grad in gradients(alone).items():
             torch.testing.assert_close(found[name], grad, rtol=0, atol=1e-6, msg=name)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_one_segment_trains_under_data_parallelism() -> None:
     """Two processes have the gradient of one that has all rows (up to the float32 in llama's norms)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, args=(port,), nprocs=WORLD_SIZE)  # type: ignore[attr-defined]
+    spawn(worker, WORLD_SIZE)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
