@@ -28,9 +28,10 @@ from pipelines.config import Config, Count, InputError, as_command, split_commas
 from pipelines.data.tokenise import Tokenizer
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
-from pipelines.tasks import attention, slots, slots_picture
+from pipelines.tasks import TASKS, attention, slots, slots_picture
 from pipelines.tasks.base import MAX_LENGTH, device_of, segments
 from pipelines.tasks.held_out import open_held_out
+from pipelines.tasks.report import in_background
 from pipelines.tasks.running import load
 from pipelines.tasks.samples import Wanted, segment_start
 from pipelines.tasks.slots_picture import Shown
@@ -66,9 +67,16 @@ class PicturesConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _nothing_ignored(self) -> "PicturesConfig":
+        if not _has_background(self.task):
+            for field in sorted(self.model_fields_set & {"background", "data"}):
+                raise ValueError(f"--{field} is not read by {self.task}; leave it out")
         if self.data is not None and self.background == "noise":
             raise ValueError("--data is not read in noise; leave it out")
         return self
+
+
+def _has_background(task: str) -> bool:
+    return task not in TASKS or "background" in TASKS[task].settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +91,8 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
     model, tokenizer = load(uri, config.device)
     texts = _texts(config, model, tokenizer)
     chosen = _chosen(config, model, texts)
-    about = f"{uri.rpartition('/')[2]}: {config.task} in {config.background}, texts of {config.length:,} tokens"
+    task = in_background(config.task, [config.background] if _has_background(config.task) else [])
+    about = f"{uri.rpartition('/')[2]}: {task}, texts of {config.length:,} tokens"
     files: dict[str, bytes] = {}
     if "slots" in chosen:
         files |= _slots(config, model, texts, about)

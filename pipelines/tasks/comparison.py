@@ -88,12 +88,17 @@ class Evaluation(NamedTuple):
     name: str  # of its directory, or of all of them
     uri: str  # of the first one
     subject: Subject
-    questions: dict[str, str]  # the settings that decide what was asked, in words and in full
+    questions: dict[str, dict[str, str]]  # task -> the settings that decide what it asked, in words and in full
     points: list[Point]
     measuring: dict[str, dict[str, str]]  # URI -> the settings that decide what it cost, in words; none without costs
     costs: list[Cost]
     ends: dict[str, int]  # task -> the length at which texts no longer fit
     backgrounds: dict[str, str]  # task -> what stands around its facts, if it has such
+
+    def told(self, setting: str) -> str:
+        """A setting of its questions, in words; of all tasks that have it."""
+        values = (asked[setting] for asked in self.questions.values() if setting in asked)
+        return " and ".join(dict.fromkeys(map(_shown, values))) or NOT_TOLD
 
     def point(self, panel: str, at: int, memory: str | None) -> Point | None:
         return next((point for point in self.points if point[:3] == (panel, at, memory)), None)
@@ -156,7 +161,7 @@ def read_groups(results: Sequence[str], metric: str) -> list[Group]:
         name, equals, rest = item.partition("=")
         if not equals or "/" in name:
             plain.append(storage.absolute(item))
-        elif name in named or not rest.strip(","):
+        elif not name or name in named or not rest.strip(","):
             raise InputError(f"--results {item}: give each group once, with its directories: {name}=DIR,DIR")
         else:
             named[name] = [storage.absolute(uri) for uri in rest.split(",") if uri]
@@ -200,14 +205,21 @@ def _are_one_model(one: Evaluation, other: Evaluation) -> bool:
     """Whether the same model, read the same way, was asked alike as far as both say."""
     if (one.subject.fingerprint, described(one.subject)) != (other.subject.fingerprint, described(other.subject)):
         return False
-    return all(one.questions[name] == other.questions[name] for name in one.questions.keys() & other.questions.keys())
+    return all(
+        one.questions[task][name] == other.questions[task][name]
+        for task in one.questions.keys() & other.questions.keys()
+        for name in one.questions[task].keys() & other.questions[task].keys()
+    )
 
 
 def _together(parts: Sequence[Evaluation]) -> Evaluation:
     """Evaluations of one model as one."""
     return parts[0]._replace(
         name=" + ".join(dict.fromkeys(part.name for part in parts)),
-        questions={name: value for part in parts for name, value in part.questions.items()},
+        questions={
+            task: {name: value for part in parts for name, value in part.questions.get(task, {}).items()}
+            for task in dict.fromkeys(task for part in parts for task in part.questions)
+        },
         points=[point for part in parts for point in part.points],
         measuring={uri: told for part in parts for uri, told in part.measuring.items()},
         backgrounds={task: told for part in parts for task, told in part.backgrounds.items()},
@@ -222,10 +234,10 @@ def _alike(evaluations: Sequence[Evaluation], taken: Collection[str]) -> list[Gr
     """Those of equal memories, sizes, segments and questions together, in the order given, of one kind by the size of
     their state; no label that is taken.
     """
-    differ = [name for name, values in _by_setting(evaluations).items() if len(values) > 1 and name != SEGMENT_LEN]
+    differ = [name for name in _unlike_settings(evaluations) if name != SEGMENT_LEN]
     found: dict[str, list[Evaluation]] = {}
     for one in evaluations:
-        asked = [f"{name} {_shown(one.questions.get(name, NOT_TOLD))}" for name in differ]
+        asked = [f"{name} {one.told(name)}" for name in differ]
         found.setdefault(", ".join([described(one.subject), *asked]), []).append(one)
     by_kind: dict[str, list[tuple[str, list[Evaluation]]]] = {}
     for name, mine in found.items():
@@ -264,7 +276,7 @@ def _settings(one: Evaluation, differ: Iterable[str]) -> dict[str, str]:
     """A model's memory, its segments, and those settings of its questions that differ, each in words."""
     found = {SEGMENT_LEN: f"segments of {one.subject.segment_len:,} tokens"}
     for name in differ:
-        found[name] = f"{name.replace('_', ' ')} {_shown(one.questions.get(name, NOT_TOLD))}"
+        found[name] = f"{name.replace('_', ' ')} {one.told(name)}"
     parts = _parts(one.subject.memory)
     for kind, settings in parts:
         for setting in re.split(", (?=[a-z])", settings) if settings else ():
@@ -298,33 +310,36 @@ def _parts(memory: str) -> list[tuple[str, str]]:
 
 
 def differences_of_questions(evaluations: Sequence[Evaluation]) -> str:
-    """In one line: which settings are unlike and where; empty where all asked the same."""
-    return _unlike(_by_setting(evaluations))
+    """In one line: which settings of tasks that several have are unlike and where; empty where all asked the same."""
+    return _unlike(evaluations)
 
 
 def differences_of_measuring(evaluations: Sequence[Evaluation]) -> str:
     """The same of what decides costs."""
     return _unlike(
-        _by_setting(
-            [one._replace(uri=uri, questions=told) for one in evaluations for uri, told in one.measuring.items()]
-        )
+        [one._replace(uri=uri, questions={"": told}) for one in evaluations for uri, told in one.measuring.items()]
     )
 
 
-def _unlike(settings: Mapping[str, Mapping[str, Sequence[Evaluation]]]) -> str:
-    unlike = {name: values for name, values in settings.items() if len(values) > 1}
+def _unlike(evaluations: Sequence[Evaluation]) -> str:
     return "; ".join(
         f"{name} is {' and '.join(f'{_shown(value)} in {_shortened(mine)}' for value, mine in values.items())}"
-        for name, values in unlike.items()
+        for name, values in _unlike_settings(evaluations).items()
     )
 
 
-def _by_setting(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, list[Evaluation]]]:
-    """setting -> value -> the evaluations that have it."""
+def _unlike_settings(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, list[Evaluation]]]:
+    """setting -> value -> the evaluations that have it, where those that ask of one task have different values."""
     found: dict[str, dict[str, list[Evaluation]]] = {}
-    for name in dict.fromkeys(name for one in evaluations for name in one.questions):
-        for one in evaluations:
-            found.setdefault(name, {}).setdefault(one.questions.get(name, NOT_TOLD), []).append(one)
+    for task in dict.fromkeys(task for one in evaluations for task in one.questions):
+        asking = [one for one in evaluations if task in one.questions]
+        for name in dict.fromkeys(name for one in asking for name in one.questions[task]):
+            values: dict[str, list[Evaluation]] = {}
+            for one in asking:
+                values.setdefault(one.questions[task].get(name, NOT_TOLD), []).append(one)
+            for value, mine in values.items() if len(values) > 1 else ():
+                known = found.setdefault(name, {}).setdefault(value, [])
+                known += [one for one in mine if all(one is not other for other in known)]
     return found
 
 
@@ -359,7 +374,9 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     uri = uri.rstrip("/")
     identity = content.get("identity", {})
     subject = Subject(**content["model"])
-    asked = _questions(identity, distinct([*found, *unfit], "task"), metric, subject.segment_len)
+    asked = {
+        task: _questions(identity, task, metric, subject.segment_len) for task in distinct([*found, *unfit], "task")
+    }
     measuring = {name: _in_words(identity[name]) for name in _DECIDE_COST if name in identity}
     has_ablations = identity.get("attention") != "full" and identity.get("ablations", True)
     measuring["ablations"] = "measured too" if has_ablations else "left out"
@@ -382,6 +399,8 @@ def _left_by_evaluate(uri: str) -> tuple[dict[str, Any], list[Line]]:
             raise InputError(f"{uri} is no finished evaluation; give directories written by evaluate")
         Subject(**content["model"])
         files = [name for name in (METRICS, COST_LINES) if storage.exists(storage.join(uri, name))]
+        if METRICS not in files:
+            raise InputError(f"{uri} is an evaluation without {METRICS}; put it back, or measure it again")
         lines = [
             json.loads(line) for name in files for line in storage.read_bytes(storage.join(uri, name)).splitlines()
         ]
@@ -421,15 +440,15 @@ def _points_by_segment(lines: Sequence[Line]) -> list[Point]:
     return found
 
 
-def _questions(identity: Mapping[str, Any], tasks: Sequence[str], metric: str, segment_len: int) -> dict[str, str]:
-    """The settings that these tasks read, in words."""
-    read = {"tokenizer", "questions_version"}.union(*(TASKS[task].settings for task in tasks if task in TASKS))
+def _questions(identity: Mapping[str, Any], task: str, metric: str, segment_len: int) -> dict[str, str]:
+    """The settings that a task reads, in words."""
+    read = {"tokenizer", "questions_version", *(TASKS[task].settings if task in TASKS else ())}
     if identity.get("background") == "noise" and "limit_segments" not in read:
         read.discard("held_out")  # nothing of it is asked or read
     names = ["tokenizer", *_DECIDE, "seeds", *(_DECIDE_COST if metric in COSTS else ())]
     wanted = read | {"seeds" if "seed" in read else "", *(_DECIDE_COST if metric in COSTS else ())}
     found = {name: _in_words(identity[name]) for name in names if name in wanted and name in identity}
-    if any(_depends_on_segments(task, identity) for task in tasks):
+    if _depends_on_segments(task, identity):
         found[SEGMENT_LEN] = str(segment_len)
     return found
 

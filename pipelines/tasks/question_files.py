@@ -12,16 +12,17 @@ ten tasks strictly (labels as words: see `babilong`) and laxly; RULER by the sha
 `qa_1` and `qa_2`, by any of them; LongBench by its data sets' own marks (see `marking`; F1 for data sets of others);
 SCROLLS's questions by F1 and exact match with the best reference (its summaries too, which are published with ROUGE).
 To the letter the first reference is asked for, and of RULER all outputs. Prompts of LongBench end with `Question: ...
-Answer:` for every data set.
+Answer:` for every data set but those of code, whose next line follows it, and those without a question.
 
 At `length` tokens all questions count that have at most so many, their answers included, short ones too; how many are
 longer is a figure of its own, and nothing is cut. The text of the whole file lies in memory, and the tokens of a batch
 of rows: texts are tokenised once to be counted and once to be read.
 """
 
+import codecs
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class Question(NamedTuple):
     answer: str
     scorers: tuple[Scorer, ...]
     max_new_tokens: int  # written for the scorers
+    row: int = 0  # of the file, from 1; of rows that are one question the first
 
 
 def read(uri: str) -> list[Question]:
@@ -65,12 +67,14 @@ def read(uri: str) -> list[Question]:
     if form is None:
         known = "; ".join(f"{form.name} {', '.join(sorted(form.fields))}" for form in _FORMS)
         raise InputError(f"--questions {uri}: fields {', '.join(rows[0])} are of no known form ({known})")
-    found = []
-    for number, row in enumerate(form.merged(rows) if form.merged else rows, 1):
+    numbered = dict(enumerate(rows, 1))
+    for number, row in numbered.items():
         if missing := sorted(form.fields - row.keys()):
             raise InputError(f"--questions {uri}: row {number} is no row of {form.name}: it has no {missing[0]}")
+    found = []
+    for number, row in (form.merged(numbered) if form.merged else numbered).items():
         try:
-            found.append(_encodable(form.question(row)))
+            found.append(_encodable(form.question(row))._replace(row=number))
         except InputError as error:
             raise InputError(f"--questions {uri}: row {number}: {error}") from error
     return found
@@ -95,7 +99,7 @@ def _object(uri: str, number: int, row: Any) -> dict[str, Any]:
 
 def _rows(uri: str) -> Iterator[Any]:
     try:
-        content = storage.read_bytes(uri)
+        content = storage.read_bytes(uri).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise InputError(f"--questions {uri} cannot be read: {error}") from error
     if uri.endswith(".parquet"):
@@ -108,7 +112,7 @@ def _rows(uri: str) -> Iterator[Any]:
     if content.lstrip()[:1] == b"[":
         try:
             yield from json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--questions {uri}: no JSON array: {error}") from error
         return
     for number, line in enumerate(content.splitlines(), 1):
@@ -116,7 +120,7 @@ def _rows(uri: str) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--questions {uri}: line {number} is no JSON: {error}") from error
 
 
@@ -205,9 +209,14 @@ _LONGBENCH = {
 
 def _longbench(row: Mapping[str, Any]) -> Question:
     context, question = _text_of("context", row["context"]), _text_of("input", row["input"])
-    prompt = f"{context}\n\nQuestion: {question}\nAnswer:" if question else f"{context}\n\n"
     expected, name = _answers(row, "answers"), str(row.get("dataset")).removesuffix("_e")
     data_set = _LONGBENCH.get(name, _OTHER)
+    if data_set.metric == EDITS:
+        prompt, answer = context + question, expected[0]  # code, and its next line
+    elif question:
+        prompt, answer = f"{context}\n\nQuestion: {question}\nAnswer:", f" {expected[0]}"
+    else:
+        prompt, answer = f"{context}\n\n", expected[0]
     mark = data_set.mark
     if data_set.metric == ROUGE_L:
         require_extra("rouge", job=f"LongBench's {name}")
@@ -216,7 +225,7 @@ def _longbench(row: Mapping[str, Any]) -> Question:
     scorers = [_best(data_set.metric, mark, expected)]
     if data_set.metric == F1:
         scorers.append(_best(EM, marking.exact_match, expected))
-    return Question(prompt, f" {expected[0]}", tuple(scorers), data_set.max_new_tokens)
+    return Question(prompt, answer, tuple(scorers), data_set.max_new_tokens)
 
 
 def _scrolls(row: Mapping[str, Any]) -> Question:
@@ -228,16 +237,15 @@ def _scrolls(row: Mapping[str, Any]) -> Question:
     return Question(f"{_text_of('input', row['input'])}\n\n", expected[0], scorers, _SCROLLS_TOKENS)
 
 
-def _by_id(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each id (and input), whose output is a list."""
-    found: dict[Any, dict[str, Any]] = {}
-    for number, row in enumerate(rows):
-        key = (row.get("id", number), row.get("input"))
-        one = found.setdefault(
-            tuple(part if isinstance(part, str) else repr(part) for part in key), {**row, "output": []}
-        )
-        one["output"].append(row.get("output"))
-    return list(found.values())
+def _by_id(rows: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """A row for each id (and input), whose output is a list, by the number of its first row."""
+    first: dict[Any, int] = {}
+    found: dict[int, dict[str, Any]] = {}
+    for number, row in rows.items():
+        key = tuple(part if isinstance(part, str) else repr(part) for part in (row.get("id", number), row["input"]))
+        one = found.setdefault(first.setdefault(key, number), {**row, "output": []})
+        one["output"].append(row["output"])
+    return found
 
 
 def _best(metric: str, mark: Callable[[str, str], float], expected: Sequence[str]) -> Scorer:
@@ -249,7 +257,8 @@ class _Form(NamedTuple):
     name: str
     fields: frozenset[str]
     question: Callable[[Mapping[str, Any]], Question]
-    merged: Callable[[Iterable[dict[str, Any]]], list[dict[str, Any]]] | None = None  # rows of one question as one
+    # rows of one question as one, all by their numbers
+    merged: Callable[[Mapping[int, dict[str, Any]]], dict[int, dict[str, Any]]] | None = None
 
 
 _FORMS = (
@@ -266,7 +275,7 @@ _FORMS = (
 class FileTask:
     """Accuracy to the letter, and the marks of the file's form for what is written freely."""
 
-    settings = frozenset({"questions"})
+    settings = frozenset({"questions", "compile"})
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         check_length("file", length, segment_len)
@@ -284,11 +293,11 @@ class FileTask:
         assert material.questions is not None
         scene = Scene(material.tokenizer, texts.noise(material.tokenizer))
         rows = []
-        for number, question in enumerate(read(material.questions), 1):
+        for question in read(material.questions):
             try:
                 rows.append(sample(scene, question, segment_len))
             except InputError as error:
-                raise InputError(f"--questions {material.questions}: row {number}: {error}") from error
+                raise InputError(f"--questions {material.questions}: row {question.row}: {error}") from error
         counted = [row for row in rows if row.num_tokens <= length]
         if not counted:
             shortest = min(row.num_tokens for row in rows)

@@ -46,7 +46,7 @@ from rmt_core.state import State
 ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
 UNWRITTEN = "num_unwritten"  # samples behind whose text full attention has no room to write
 _SHORT = 4096  # tokens, up to which depths may give the same place
-_PROBES = 8  # texts that tell whether they do
+_PROBES = 8  # texts, at most, that tell whether they do
 _NOTHING = -1  # in place of a token where values are no numbers
 NOT_FINITE = "num_not_finite"  # samples at whose answers a model's values are no numbers, as where a state overflows
 
@@ -88,12 +88,22 @@ class QuestionTask:
         self.name = name
         self.make = make
         reads = {"held_out", "background"} if has_background else set()
-        self.settings = frozenset({"num_samples", "seed", *reads, *({"depths"} if has_depths else ())})
+        self.settings = frozenset({"num_samples", "seed", "compile", *reads, *({"depths"} if has_depths else ())})
         self._has_depths = has_depths
         self._family = zlib.crc32((family or name).encode())
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         check_length(self.name, length, segment_len)
+        enough = length
+        while need := self._need(enough, segment_len, material):
+            enough = need  # what is drawn for another length may need more
+        if enough > length:
+            raise InputError(
+                f"{self.name} at length {length}: facts, questions and answers need more tokens; {enough} are enough"
+            )
+
+    def _need(self, length: int, segment_len: int, material: Material) -> int:
+        """Tokens that the longest of the samples needs, where that is more than `length`; else 0."""
         need = 0
         for index in range(material.num_samples):
             try:
@@ -102,10 +112,7 @@ class QuestionTask:
                 need = max(need, error.need)
             except ValueError as error:
                 raise InputError(f"{self.name}: {error}") from error
-        if need:
-            raise InputError(
-                f"{self.name} at length {length}: facts, questions and answers need at least {need} tokens"
-            )
+        return need
 
     def measure(self, model: RecurrentModel, length: int, material: Material) -> list[Figure]:
         def draw(index: int) -> Sample:
@@ -118,15 +125,16 @@ class QuestionTask:
     def _same_places(self, length: int, segment_len: int, material: Material) -> set[float]:
         """Depths at which the facts of most texts stand where they do at the depth before; of short texts alone."""
         depths = sorted(material.depths) if self._has_depths and length <= _SHORT else []
+        num = min(_PROBES, material.num_samples)  # others were not checked to fit
         read = {}
         for depth in depths:
             asked = replace(material, depths=(depth,))
-            samples = [self._sample(index, length, segment_len, asked) for index in range(_PROBES)]
+            samples = [self._sample(index, length, segment_len, asked) for index in range(num)]
             read[depth] = [texts.whole(sample.stream).tobytes() for sample in samples]
         return {
             depth
             for before, depth in itertools.pairwise(depths)
-            if 2 * sum(a == b for a, b in zip(read[before], read[depth], strict=True)) > _PROBES
+            if 2 * sum(a == b for a, b in zip(read[before], read[depth], strict=True)) > num
         }
 
     def _sample(self, index: int, length: int, segment_len: int, material: Material) -> Sample:

@@ -266,6 +266,21 @@ def test_questions_that_a_task_does_not_read_keep_no_seeds_apart(
     assert sorted(found["models"].values()) == [["one", "two"], ["other"]]
 
 
+def test_what_only_one_was_asked_beside_keeps_no_seeds_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A further task reads settings that the task of both does not."""
+    file = answers({256: 0.5}, "file")
+    one = evaluation(tmp_path / "one", [*answers({256: 0.75}), *file], {"questions": "c" * 64})
+    two = evaluation(tmp_path / "two", [*answers({256: 0.5}), *answers({64: 1.0}, "recall")])
+    assert run(["--results", one, two, "--output", str(tmp_path / "out")], capsys)["models"] == {
+        RMT_FLOATS: ["one", "two"]
+    }
+    found = run(["--results", f"a={one}", f"b={two}", "--output", str(tmp_path / "out")], capsys)
+    assert [(gap["panel"], gap["mean"]) for gap in found["differences"]] == [("detect", 0.25)]
+    assert "Not the same questions" not in Path(found["table"]).read_text()
+
+
 def test_two_groups_are_named_and_their_paired_difference_has_an_interval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -470,6 +485,8 @@ def test_a_model_that_diverged_is_shown_as_it_is(tmp_path: Path, capsys: pytest.
         (["a={root}/one", "{root}/one"], "names"),
         (["a={root}/one", "a={root}/more"], "give each group once"),
         (["a="], "give each group once, with its directories"),
+        (["=one"], "give each group once, with its directories"),
+        (["{root}/lost"], "lost is an evaluation without metrics.jsonl"),
         (["{root}/one", "{root}/copy"], "/{name}/one and {root}/copy are of one model, with detect at 1,024 in both"),
         (["a={root}/one,{root}/copy"], "/{name}/one and {root}/copy are of one model, with detect at 1,024 in both"),
         (["a={root}/one,{root}/more"], "num_samples is 16 in {name}/one and 8 in {name}/more"),
@@ -489,6 +506,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     evaluation(tmp_path / "long", losses(96, [1.0, 2.0]), segment_len=48)
     evaluation(tmp_path / "damaged", [])
     (tmp_path / "damaged" / METRICS).write_text('{"task": ')
+    Path(evaluation(tmp_path / "lost", []), METRICS).unlink()
     words = [word.format(root=tmp_path) for word in results]
     assert compare.main(["--results", *words, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

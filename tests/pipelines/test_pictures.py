@@ -49,6 +49,12 @@ def test_what_a_memory_allows_is_drawn(
     assert ("left out" in err) == (len(files) < 5)
 
 
+def test_texts_of_a_tasks_own_are_in_no_background(models: Path, tmp_path: Path) -> None:
+    asked = "--task passkey --length 1k --num-texts 8 --batch-size 4 --pictures attention"
+    assert pictures.main(["--model", str(models / "rmt"), "--output", str(tmp_path), *asked.split()]) == 0
+    assert "rmt: passkey, texts of 1,024 tokens" in (tmp_path / "attention.md").read_text()
+
+
 def test_the_slots_of_a_memformer_are_called_slots(models: Path, tmp_path: Path) -> None:
     assert pictures.main(words(models, "memformer", tmp_path, "--seed", "1")) == 0
     assert "| segments since the fact | slot 0 | slot 1 | slot 2 | all slots |" in (tmp_path / "slots.md").read_text()
@@ -139,6 +145,7 @@ def test_facts_that_all_differ_have_no_read_out(
         ("rmt", "--length 30", ["use a longer --length"]),
         ("rmt", "--pictures slot", ["--pictures", "slot"]),
         ("rmt", "--data book.txt", ["--data is not read in noise"]),
+        ("rmt", "--task vt --length 1k", ["--background is not read by vt"]),
         ("rmt", "--num-texts 4", ["--num-texts", "greater than or equal to 8"]),
         ("nothing", "", ["no such directory"]),
     ],

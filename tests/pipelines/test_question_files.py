@@ -156,6 +156,28 @@ def test_longbench_is_marked_by_its_data_set(
     assert question.max_new_tokens == num_tokens
 
 
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"dataset": "lcc", "input": "", "context": "def f():\n"}, "def f():\n", "    return"),
+        ({"dataset": "repobench-p", "input": "g(\n", "context": "# f\n"}, "# f\ng(\n", "    return"),
+        ({"dataset": "mine", "input": "", "context": "A report."}, "A report.\n\n", "    return"),
+        ({"dataset": "mine", "input": "Who?", "context": "A."}, "A.\n\nQuestion: Who?\nAnswer:", "     return"),
+    ],
+)
+def test_code_and_texts_without_a_question_are_gone_on_with(
+    row: dict[str, Any], prompt: str, answer: str, tmp_path: Path
+) -> None:
+    [found] = question_files.read(write(tmp_path / "rows.jsonl", {"answers": ["    return"], **row}))
+    assert (found.prompt, found.answer) == (prompt, answer)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for content in (json.dumps([ROWS["babilong"]], indent=1), json.dumps(ROWS["babilong"])):
+        (tmp_path / "rows.json").write_text(content, encoding="utf-8-sig")
+        assert len(question_files.read(str(tmp_path / "rows.json"))) == 1
+
+
 def test_summaries_are_refused_without_rouge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     uri = write(tmp_path / "rows.jsonl", {**ROWS["longbench"], "dataset": "qmsum"})
@@ -199,11 +221,19 @@ def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_pat
         (["{"], ["line 1 is no JSON"]),
         (["3"], ["row 1 is no JSON object"]),
         (["[{}, "], ["no JSON array"]),
+        (["[" * 5000], ["no JSON array"]),
+        (['{"a": ' * 5000], ["line 1 is no JSON"]),
         ([{**ROWS["ruler"], "outputs": []}], ["row 1", "its outputs are []", "no list of one text or more"]),
         ([{**ROWS["ruler"], "outputs": "12"}], ["row 1", 'its outputs are "12"']),
         ([{**ROWS["longbench"], "answers": "cat"}], ["row 1", 'its answers are "cat"']),
         ([ROWS["scrolls"], {**ROWS["scrolls"], "id": "2", "output": ""}], ["row 2", "empty answer"]),
         ([{**ROWS["scrolls"], "output": None}], ["row 1", "output is null", "another split"]),
+        (
+            [ROWS["scrolls"], ROWS["scrolls"], {**ROWS["scrolls"], "id": "2", "output": None}],
+            ["row 3: its output is null"],
+        ),
+        ([ROWS["scrolls"], ROWS["scrolls"], {"id": "2", "input": "a"}], ["row 3 is no row", "it has no output"]),
+        ([ROWS["scrolls"], ROWS["scrolls"], {**ROWS["scrolls"], "id": "2", "output": ""}], ["row 3", "empty answer"]),
         ([{**ROWS["scrolls"], "output": 5}], ["row 1", "its output is 5, no text"]),
         ([{**ROWS["scrolls"], "output": 0}], ["row 1", "its output is 0, no text"]),
         ([{**ROWS["scrolls"], "input": ["a"]}], ["row 1", 'its input is ["a"], no text']),

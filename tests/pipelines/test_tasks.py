@@ -337,6 +337,25 @@ def test_depths_at_which_facts_stand_at_the_same_place_are_told() -> None:
     assert TASKS["passkey"]._same_places(4000, 16, asked) == set()
 
 
+def test_only_texts_that_are_asked_tell_whether_places_are_the_same() -> None:
+    """The first four stories fit, of the first eight one does not."""
+    model = tiny_model("none", segment_len=64, vocab_size=BYTES.vocab_size)
+    asked = material(background="noise", depths=(0.0, 1.0), num_samples=4, ablations=False)
+    with pytest.raises(InputError, match="need more tokens"):
+        TASKS["qa2"].check(352, 64, dataclasses.replace(asked, num_samples=8))
+    TASKS["qa2"].check(352, 64, asked)
+    figures = TASKS["qa2"].measure(model, 352, asked)
+    assert [one.depth for one in figures if one.metric == "accuracy_at_depth"] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("task", ["qa5", "qa2_all", "capacity_16"])
+def test_a_length_that_is_said_to_be_enough_is(task: str) -> None:
+    asked = material(background="noise", num_samples=32)
+    with pytest.raises(InputError, match=r"\d+ are enough") as error:
+        TASKS[task].check(100, 64, asked)
+    TASKS[task].check(int(str(error.value).split()[-3]), 64, asked)
+
+
 def test_what_a_tokenizer_does_not_allow_is_one_line() -> None:
     class Uneven:
         def encode(self, text: str) -> np.ndarray:
@@ -382,7 +401,7 @@ def test_limit_segments_leaves_short_rows_out_first() -> None:
         ("perplexity", 201, {}, ["201", "longer", "at most 200"]),
         ("perplexity", 64, {"limit_segments": 3}, ["--limit-segments 3", "4 segments", "at least 4"]),
         ("recall", 15, {}, ["15", "at least 16"]),
-        ("recall", 30, {}, ["30", "at least"]),
+        ("recall", 30, {}, ["30", "are enough"]),
     ],
 )
 def test_lengths_that_cannot_be_measured_are_refused(
