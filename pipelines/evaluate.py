@@ -62,7 +62,7 @@ _READ_BY_TASKS = {  # what a task may read: our setting -> its own
     "seeds": "seed",
     "questions": "questions",
     "limit_segments": "limit_segments",
-    "compile": "compile",
+    "compile": "compiled",
 }
 _OF_FULL = {"memory_limit", "segment_len"}  # settings of full attention
 

@@ -275,7 +275,7 @@ _FORMS = (
 class FileTask:
     """Accuracy to the letter, and the marks of the file's form for what is written freely."""
 
-    settings = frozenset({"questions", "compile"})
+    settings = frozenset({"questions", "compiled"})
 
     def check(self, length: int, segment_len: int, material: Material) -> None:
         check_length("file", length, segment_len)

@@ -88,7 +88,7 @@ class QuestionTask:
         self.name = name
         self.make = make
         reads = {"held_out", "background"} if has_background else set()
-        self.settings = frozenset({"num_samples", "seed", "compile", *reads, *({"depths"} if has_depths else ())})
+        self.settings = frozenset({"num_samples", "seed", "compiled", *reads, *({"depths"} if has_depths else ())})
         self._has_depths = has_depths
         self._family = zlib.crc32((family or name).encode())
 
