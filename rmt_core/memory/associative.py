@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..state import State
 from .base import (
@@ -33,6 +34,7 @@ class ARMTConfig:
     num_tokens: int = 10  # memory tokens after the text, which write; 0 is the plain backbone
     key_width: int = 64  # d_mem: queries and keys before their features, of which there are 6 times as many
     layers: tuple[int, ...] | None = None  # numbers of the layers that have a memory, from 0; None is all
+    unit_features: bool = True  # queries' and keys' features have length 1, as in later releases; False: as published
 
     def __post_init__(self) -> None:
         at_least(0, self, "num_tokens")
@@ -78,6 +80,7 @@ class ARMTLayer(LayerMemory):
     def __init__(self, config: ARMTConfig, width: int) -> None:
         super().__init__()
         self.num_tokens, self.width, self.num_features = config.num_tokens, width, 2 * NUM_ROLLS * config.key_width
+        self.unit_features = config.unit_features
         self.query = nn.Linear(width, config.key_width, bias=False)
         self.key = nn.Linear(width, config.key_width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -90,14 +93,18 @@ class ARMTLayer(LayerMemory):
         return {"values": values, "norm": values.new_zeros(values.shape[:2])}
 
     def forward(self, h: Tensor, block: Block, state: State, segment: Segment) -> tuple[Tensor, State]:
-        h = block(h + recall(state, features(self.query(h))))
+        h = block(h + recall(state, self._features(self.query(h))))
         return h, self._write(state, segment.tail(h, self.num_tokens)) if segment.writes else state
 
     def _write(self, state: State, rows: Tensor) -> State:
         """The state after the outputs (B, M, D) of the memory tokens."""
         dtype = state["norm"].dtype
-        keys, values = features(self.key(rows).to(dtype)), self.value(rows).to(dtype)
+        keys, values = self._features(self.key(rows).to(dtype)), self.value(rows).to(dtype)
         return associate(state, keys, values, self.strength(rows).to(dtype).sigmoid())
+
+    def _features(self, x: Tensor) -> Tensor:
+        found = features(x)
+        return F.normalize(found, dim=-1) if self.unit_features else found
 
 
 class ARMTMemory(LayerwiseMemory):
@@ -106,6 +113,11 @@ class ARMTMemory(LayerwiseMemory):
     The M tokens are learned, stand behind the text and are the same in every segment: all that is carried is in the
     layers. A layer's state is `{"values": A (B, F, D), "norm": z (B, F)}`, empty at first and kept in float32 or
     better; that of a layer without memory is (). Values start at 0, so that the model starts as its backbone.
+
+    Features of length 1 (`unit_features`) are not in the paper; the authors' later code has them. Without, features are
+    products of two numbers of a row: of small rows they are less than `EPSILON`, so that readings are damped and
+    what is replaced is not what was held, and of large rows states can grow without bound.
+
     While a segment is open the memory is read, without memory tokens.
 
     Composed with a cache, `["armt", "xl"]` caches rows with their reading in them, `["xl", "armt"]` without.

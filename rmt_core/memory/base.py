@@ -4,6 +4,7 @@ Axes: B rows, T tokens of a segment, S positions that a layer sees (T plus memor
 memory, D width, H heads.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -195,9 +196,9 @@ class Memory(nn.Module):
 
 
 def at_least(minimum: float, settings: Any, *names: str, of: str = "memory") -> None:
-    """A ValueError where a setting, of a memory or of what `of` names, is below `minimum`."""
+    """A ValueError where a setting, of a memory or of what `of` names, is below `minimum` or endless."""
     for name in names:
-        if not getattr(settings, name) >= minimum:
+        if not minimum <= getattr(settings, name) < math.inf:
             raise ValueError(f"{of}.{name} is {getattr(settings, name)}; it must be at least {minimum}")
 
 

@@ -20,6 +20,7 @@ from .tiny import ARMT, RMT, close, gradients, next_labels, same_states, tiny_co
 T = 6
 M = ARMT["num_tokens"]
 COMPOSITIONS: dict[str, Any] = {"armt": ARMT, "rmt+armt": [RMT, ARMT], "armt+rmt": [ARMT, RMT]}
+AS_PUBLISHED: dict[str, Any] = {"unit_features": False}
 
 
 class Read(NamedTuple):
@@ -35,6 +36,11 @@ def naive_features(x: Tensor) -> Tensor:
     return torch.stack([u[i] * u[(i - j) % len(u)] for j in (1, 2, 3) for i in range(len(u))])
 
 
+def features_of(layer: Any, x: Tensor) -> Tensor:
+    found = naive_features(x)
+    return found / (found @ found).sqrt() if layer.unit_features else found
+
+
 def max_of(x: Tensor) -> Tensor:
     return x if x > 0 else 0 * x
 
@@ -43,7 +49,7 @@ def naive_write(layer: Any, rows: Tensor, a: Tensor, z: Tensor) -> tuple[Tensor,
     """Equations 1, 2 and 4, one memory token after another, each against the memory before all of them."""
     new_a, new_z = a, z
     for mu in rows:
-        k, v = naive_features(layer.key.weight @ mu), layer.value.weight @ mu
+        k, v = features_of(layer, layer.key.weight @ mu), layer.value.weight @ mu
         beta = 1 / (1 + torch.exp(-(layer.strength.weight @ mu)))
         old = sum((k[f] * a[f] for f in range(len(k))), torch.zeros_like(v)) / (k @ z + 1e-5)
         gamma = min(1.0, max(0.0, float((1 - k @ z / (k @ k + 1e-5)).detach())))
@@ -70,7 +76,7 @@ def naive_armt(model: RecurrentModel, memory: Any, text: Tensor, kinds: str) -> 
         start = m + len(segment) + (m if kinds == "rmt+armt" else 0)
         for i, (layer, associations) in enumerate(zip(body.layers, memory.layers, strict=True)):
             a, z = kept[i]
-            queries = [naive_features(associations.query.weight @ row) for row in h]
+            queries = [features_of(associations, associations.query.weight @ row) for row in h]
             h = h + torch.stack([(q @ a) / (q @ z + 1e-5) for q in queries])
             h = naive_layer(layer, h, torch.zeros(0, width, dtype=torch.float64), num_heads)
             kept[i] = naive_write(associations, h[start : start + M], a, z)
@@ -81,10 +87,12 @@ def naive_armt(model: RecurrentModel, memory: Any, text: Tensor, kinds: str) -> 
     return Read(torch.cat(hidden), kept)
 
 
-@pytest.mark.parametrize("kinds", COMPOSITIONS)
+@pytest.mark.parametrize("kinds", [*COMPOSITIONS, "as published"])
 def test_ragged_rows_follow_the_equations(kinds: str) -> None:
     """Outputs, states, and the gradient of random weights on both."""
-    model = tiny_model(COMPOSITIONS[kinds], segment_len=T)
+    given = COMPOSITIONS.get(kinds, {**ARMT, **AS_PUBLISHED})
+    kinds = kinds if kinds in COMPOSITIONS else "armt"
+    model = tiny_model(given, segment_len=T)
     members: Any = [model.memory] if kinds == "armt" else model.memory.members
     at = kinds.split("+").index("armt")
     tokens, lengths = tokens_like(4, 3 * T), [3 * T, 2 * T + 1, T - 1, 1]
