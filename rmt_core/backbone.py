@@ -181,6 +181,17 @@ class Backbone(nn.Module):
         limit: int = self.lm.config.max_position_embeddings
         return limit if window is None else min(limit, window)
 
+    @property
+    def steady_positions(self) -> int | None:
+        """Positions of a call up to which rotary factors do not depend on how many it has; None: they never do.
+
+        Within `max_positions`, that is. Of transformers' kinds, longrope has other factors for longer texts.
+        """
+        parameters = getattr(self.lm.config, "rope_parameters", None) or {}
+        kinds = [one for one in (parameters, *parameters.values()) if isinstance(one, dict)]  # or one a kind of layer
+        limits = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+        return min(limits, default=None)
+
     def replace_feed_forward(self, layer: int, module: FeedForward) -> None:
         """Put `module` in the place of a layer's feed-forward part, whose weights are dropped."""
         self.layers[layer].mlp = module

@@ -1,5 +1,6 @@
 """The configuration of a Hugging Face model: where it comes from, and whether it is one that can be used."""
 
+import copy
 import difflib
 import json
 from collections.abc import Collection
@@ -21,9 +22,9 @@ def supported(kind: Any, families: Collection[str]) -> str:
 
 
 def config_from(source: str | Path | dict[str, Any] | PretrainedConfig, families: Collection[str]) -> PretrainedConfig:
-    """A backbone's configuration, of a Hugging Face directory, a dictionary with `model_type` or itself; ValueError."""
+    """A backbone's configuration, of a Hugging Face directory, a dictionary with `model_type` or a copy; ValueError."""
     if isinstance(source, PretrainedConfig):
-        return source
+        return copy.deepcopy(source)
     if not isinstance(source, str | Path | dict):
         raise ValueError(f"backbone is {source!r}; give a directory saved by Hugging Face, or a configuration")
     settings = dict(source) if isinstance(source, dict) else _saved_settings(Path(source) / "config.json")

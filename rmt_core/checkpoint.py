@@ -1,5 +1,6 @@
 """A model as a directory: `config.json`, `model.safetensors`, and the tokenizer beside them."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .build import build
-from .config import ModelConfig
+from .config import DTYPES, ModelConfig
 from .encoder import EncoderConfig, EncoderModel, build_encoder
 from .recurrent import RecurrentModel
 from .seq2seq import Seq2SeqConfig, Seq2SeqModel, build_seq2seq
@@ -51,7 +52,8 @@ def tensors_of(model: AnyModel) -> dict[str, Tensor]:
 def save(directory: str | Path, model: AnyModel, tokenizer: SavesItself | None = None) -> None:
     """Write the model so that the directory appears whole or not at all; an older one there is replaced.
 
-    ValueError where the directory holds anything but a saved model: that would be lost.
+    A model that was converted to another type (`model.to(torch.bfloat16)`) is saved as one of that type. ValueError
+    where the directory holds anything but a saved model: that would be lost.
     """
     save_tensors(directory, model.config, tensors_of(model), tokenizer)
 
@@ -63,20 +65,23 @@ def save_tensors(
     tokenizer: SavesItself | None = None,
 ) -> None:
     """`save` for parameters gathered by the caller, as a sharded optimiser's are."""
-    target = Path(directory).absolute()
-    if not _is_free(target):
-        raise ValueError(f"{str(target)!r} holds something else than a saved model, which would be lost; give another")
+    target = Path(directory).resolve()
+    if lost := _would_be_lost(target):
+        raise ValueError(
+            f"{str(target)!r} holds something else than a saved model, which would be lost: {lost}; give another"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         os.chmod(part, 0o755)
         whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(whole, part / WEIGHTS_FILE, metadata={"format": "pt"})
-        content = {"format": FORMATS[type(config)], "model": config.to_json()}
+        content: dict[str, Any] = {"format": FORMATS[type(config)], "model": _as_is(config, tensors).to_json()}
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
             if (part / TOKENIZER_FILE).is_file():
                 content["tokenizer"] = _hash(part / TOKENIZER_FILE)
+        content["files"] = sorted([CONFIG_FILE, *os.listdir(part)])
         (part / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         _replace(part, target)
     finally:
@@ -87,15 +92,27 @@ def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _is_free(target: Path) -> bool:
-    """Whether nothing is there but, at most, an older model or an empty directory."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return True
+def _as_is(config: AnyConfig, tensors: dict[str, Tensor]) -> AnyConfig:
+    """The configuration with the type that all numbers have, where the model was converted after it was built."""
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    found = [name for name, dtype in DTYPES.items() if types == {dtype}]
+    return dataclasses.replace(config, dtype=found[0]) if found else config
+
+
+def _would_be_lost(target: Path) -> str:
+    """The names of what is there and does not belong to an older model; none where there is none."""
+    if not target.exists():
+        return ""
+    if not target.is_dir():
+        return target.name
+    found = set(os.listdir(target))
     try:
         saved = json.loads((target / CONFIG_FILE).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(saved, dict) and saved.get("format") in LOADERS
+        saved = None
+    if isinstance(saved, dict) and saved.get("format") in LOADERS:
+        found -= {WEIGHTS_FILE, CONFIG_FILE, *saved.get("files", ())}
+    return ", ".join(sorted(found))
 
 
 def _replace(part: Path, target: Path) -> None:
@@ -105,8 +122,13 @@ def _replace(part: Path, target: Path) -> None:
         return
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
     os.rename(target, aside / "old")
-    os.rename(part, target)
-    shutil.rmtree(aside)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        os.rename(aside / "old", target)
+        raise
+    finally:
+        shutil.rmtree(aside)
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> RecurrentModel:
@@ -135,12 +157,15 @@ def _load(folder: Path, kind: str, configure: Callable[..., ConfigT], build: Cal
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}; it is not a whole model")
     tokenizer = folder / TOKENIZER_FILE
-    if "tokenizer" in saved and tokenizer.is_file() and _hash(tokenizer) != saved["tokenizer"]:
+    if "tokenizer" in saved and not tokenizer.is_file():
+        raise ValueError(f"{str(folder)!r} has no {TOKENIZER_FILE}, with which the model was saved; put it back")
+    if "tokenizer" in saved and _hash(tokenizer) != saved["tokenizer"]:
         raise ValueError(
             f"{str(tokenizer)!r} is not the tokenizer that the model was saved with; put that one back, or save the "
             "model with this one"
         )
-    model = build(_configured(folder, saved, configure))
+    with torch.random.fork_rng(devices=[]):  # the random weights that are filled draw from nobody's numbers
+        model = build(_configured(folder, saved, configure))
     try:
         _fill(model, folder / WEIGHTS_FILE)
     except SafetensorError as error:
@@ -195,8 +220,9 @@ def _fill(model: AnyModel, file: Path) -> None:
 
 def fingerprint(model: AnyModel) -> str:
     """A hash of configuration and weights, 64 hexadecimal digits: equal models, equal fingerprints."""
-    digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
-    for name, tensor in sorted(tensors_of(model).items()):
+    tensors = tensors_of(model)
+    digest = hashlib.sha256(json.dumps(_as_is(model.config, tensors).to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

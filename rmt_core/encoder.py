@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from . import state as states
 from .backbone_config import config_from, supported
+from .build import build_memory, configured, on_its_own
 from .config import DTYPES, NOT_KEPT, BackboneSource, memory_settings, memory_to_json
 from .encoder_backbone import ENCODER_FAMILIES, EncoderBackbone, load_encoder_lm, special_tokens
 from .memory import MEMORIES
 from .memory.base import Memory, Segment, append_rows
+from .recurrent import check_bptt, check_rows
 from .state import State
 
 ALIGNMENTS = ("right", "left")
@@ -167,6 +169,7 @@ class EncoderModel(nn.Module):
         """
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.segment_len:
             raise ValueError(f"tokens are {tuple(tokens.shape)}; a step takes (rows, 1 to {self.segment_len} tokens)")
+        check_rows(tokens, state, lengths)
         given = state
         if reset is not None:
             state = states.where(reset, self.init_state(len(tokens)), given)
@@ -202,6 +205,7 @@ class EncoderModel(nn.Module):
         edge between windows of `bptt_segments` segments, counted from the end; None lets it cross all. With
         `checkpointed`, a segment's activations are computed again in the backward pass instead of kept.
         """
+        check_bptt(bptt_segments)
         segments = self.cut(documents)
         state, logits = self.init_state(len(documents)), []
         for i, segment in enumerate(segments):
@@ -237,8 +241,12 @@ class EncoderModel(nn.Module):
     def cut(self, documents: Documents) -> list[DocumentSegment]:
         """The documents' segments, the earliest first; all documents have one in the last."""
         device = self.backbone.lm.get_input_embeddings().weight.device
-        texts = [torch.as_tensor(document, dtype=torch.long, device=device).flatten() for document in documents]
+        texts = [torch.as_tensor(document, dtype=torch.long, device=device) for document in documents]
         for i, text in enumerate(texts):
+            if text.dim() != 1:
+                raise ValueError(
+                    f"document {i} has shape {tuple(text.shape)}; give a list of documents, each of tokens"
+                )
             if not len(text):
                 raise ValueError(f"document {i} is empty; a document needs at least one token")
         if not texts:
@@ -280,13 +288,8 @@ def build_encoder(config: EncoderConfig | None = None, **settings: Any) -> Encod
     head that the directory lacks is random. The model is in evaluation mode: call `train()` for dropout. Raises
     ValueError where the parts do not fit each other.
     """
-    if config is None:
-        config = EncoderConfig(**settings)
-    elif settings:
-        raise ValueError(f"give a configuration or keywords, not both: {', '.join(settings)}")
+    config = configured(EncoderConfig, config, settings)
     dtype = DTYPES[config.dtype]
     backbone = EncoderBackbone(load_encoder_lm(config.backbone, config.num_labels, dtype))
-    kind = MEMORIES[config.memory[0]["kind"]]
-    fields = {field.name: config.memory[0][field.name] for field in dataclasses.fields(kind.Config)}
-    memory = kind(kind.Config(**fields), backbone.dimensions).to(dtype)
-    return EncoderModel(backbone, memory, config).eval()
+    memory = build_memory(config.memory, backbone.dimensions).to(dtype)
+    return EncoderModel(backbone, memory, on_its_own(config, ENCODER_FAMILIES)).eval()

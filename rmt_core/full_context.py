@@ -52,6 +52,8 @@ class FullContext(RecurrentModel):
     are worth there; learned positions and sliding windows end a text. `max_bytes` limits keys and values.
     """
 
+    sees_segments_alone = False
+
     def __init__(self, model: RecurrentModel, *, max_bytes: int | None = None, segment_len: int | None = None) -> None:
         if [settings["kind"] for settings in model.config.memory] != ["none"]:
             raise ValueError("full attention is for models of memory none: others were made to read segment by segment")
@@ -68,7 +70,7 @@ class FullContext(RecurrentModel):
     def step_len(self) -> int:
         return self.segment_len * max(1, _STEP_TOKENS // self.segment_len)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def init_state(self, batch_size: int, num_tokens: int | None = None) -> State:
         """Room for so many tokens (None: the positions that the backbone was made for). Raises DoesNotFitError."""
         backbone = self.backbone
@@ -87,7 +89,7 @@ class FullContext(RecurrentModel):
             raise DoesNotFitError(f"{needs}: {str(error).splitlines()[0]}", num_bytes) from error
         return KeysAndValues(tuple(made[::2]), tuple(made[1::2]), 0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(
         self,
         tokens: Tensor,
@@ -117,7 +119,7 @@ class FullContext(RecurrentModel):
             raise DoesNotFitError(f"beside {num_bytes:,} bytes of keys and values: {error}", num_bytes) from error
         return Output(hidden, hidden.new_zeros(()), backbone.head), state._replace(num_read=end)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def write(
         self, state: KeysAndValues, row: int, read: tuple[int, Tensor], max_new_tokens: int, stops: Sequence[int] = ()
     ) -> list[int]:

@@ -65,13 +65,13 @@ def open_session(model: RecurrentModel, batch_size: int) -> Session:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(model: RecurrentModel, session: Session, tokens: Tensor, lengths: Tensor | None = None) -> Session:
     """The session after further tokens (B, N) int64, of which each row has `lengths` (B,) real ones."""
     return _Decoder(model, session).read(tokens, lengths).session()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: RecurrentModel,
     prompts: Sequence[Sequence[int]] | Tensor,
@@ -84,16 +84,21 @@ def generate(
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens.
 
-    A row's result depends on its prompt, session and seed alone, not on the rows beside it. `seeds` (one a row,
-    default 0, 1, ...) matter where the temperature is above 0. Without a session each row starts a document and its
-    prompt must hold a token.
+    A row's result depends on its prompt, session and seed alone, not on the rows beside it, up to rounding: in half
+    precision that can tip the choice between two tokens. `seeds` (one a row, default 0, 1, ...: the same at every
+    call) matter where the temperature is above 0. Without a session each row starts a document and its prompt must
+    hold a token.
     """
-    rows = [torch.as_tensor(prompt, dtype=torch.long).flatten() for prompt in prompts]
+    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
     if not rows:
         raise ValueError("generate needs at least one prompt")
+    if any(row.dim() != 1 for row in rows):
+        raise ValueError(f"a prompt has shape {tuple(rows[0].shape)}; give a list of prompts, each a list of tokens")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     session = open_session(model, len(rows)) if session is None else session
+    if len(session.tokens) != len(rows):
+        raise ValueError(f"{len(rows)} prompts for a session of {len(session.tokens)} rows; give one a row")
     device = session.tokens.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     if bool((session.num_read + lengths == 0).any()):
@@ -140,6 +145,13 @@ class _Decoder:
     """A session in motion: the open segment's keys and values are made when a token is first appended."""
 
     def __init__(self, model: RecurrentModel, session: Session) -> None:
+        if not model.sees_segments_alone:
+            raise ValueError("full attention has no sessions; write with FullContext.write")
+        if session.tokens.shape[1] != model.segment_len:
+            raise ValueError(
+                f"the session has segments of {session.tokens.shape[1]} tokens, the model of {model.segment_len}; open "
+                "one for this model"
+            )
         self.model = model
         self.state, self.tokens, self.lengths, self.hidden, self.num_read = session
         self.tokens = self.tokens.clone()  # edited in place below; the caller's session stays as it was

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import state as states
 from .random_state import RandomState, devices_of
-from .recurrent import IGNORED, Batch, RecurrentModel, SegmentModel, Unrolled, cut
+from .recurrent import IGNORED, Batch, RecurrentModel, SegmentModel, Unrolled, check_bptt, cut
 from .state import State
 
 MODES = ("full", "truncated", "checkpoint", "replay")
@@ -94,8 +94,7 @@ def check_mode(mode: str, bptt_segments: int | None, exact_depth: bool = False) 
         raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
     if (mode == "truncated") != (bptt_segments is not None):
         raise ValueError(f"bptt_segments is {bptt_segments} in mode {mode!r}; give it with 'truncated' and only there")
-    if bptt_segments is not None and bptt_segments < 1:
-        raise ValueError(f"bptt_segments is {bptt_segments}; it must be at least 1")
+    check_bptt(bptt_segments)
     if exact_depth and mode != "truncated":
         raise ValueError(f"exact_depth is set in mode {mode!r}; give it with 'truncated' and only there")
 

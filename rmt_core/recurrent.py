@@ -7,7 +7,7 @@ V vocabulary.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ class SegmentModel(nn.Module, Generic[Batch]):
         """
         if not segments:
             raise ValueError("unroll needs at least one segment")
+        check_bptt(bptt_segments)
         parts: list[SegmentLoss] = []
         for i, segment in enumerate(segments):
             if bptt_segments is not None and i and i % bptt_segments == 0:
@@ -164,6 +165,8 @@ def _drawn_again(generator: torch.Generator) -> tuple[nullcontext[None], Generat
 class RecurrentModel(SegmentModel[SegmentBatch]):
     """A causal LM with a memory. Parameters only: the state comes in and goes out."""
 
+    sees_segments_alone: ClassVar[bool] = True  # earlier ones through the memory's state and nothing else
+
     def __init__(self, backbone: Backbone, memory: Memory, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = backbone
@@ -177,6 +180,12 @@ class RecurrentModel(SegmentModel[SegmentBatch]):
             name = backbone.lm.config.model_type
             raise ValueError(f"a cache needs rotary positions; {name} has learned ones: use another memory or backbone")
         extra = memory.rows_before + memory.rows_after + memory.context_len
+        steady = backbone.steady_positions
+        if steady is not None and self.config.segment_len + extra > steady:
+            raise ValueError(
+                f"segment_len {self.config.segment_len} + {extra} memory positions exceeds {steady}, from where on the "
+                "backbone's longrope places all tokens otherwise; use smaller segments"
+            )
         room = backbone.max_positions - extra
         if self.config.segment_len > room:
             raise ValueError(
@@ -211,6 +220,7 @@ class RecurrentModel(SegmentModel[SegmentBatch]):
         """
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.segment_len:
             raise ValueError(f"tokens are {tuple(tokens.shape)}; a step takes (rows, 1 to {self.segment_len} tokens)")
+        check_rows(tokens, state, lengths)
         given = state
         if reset is not None:
             state = states.where(reset, self.init_state(len(tokens)), given)
@@ -272,10 +282,37 @@ class RecurrentModel(SegmentModel[SegmentBatch]):
         ).loss
 
 
+def check_bptt(bptt_segments: int | None) -> None:
+    """A ValueError where a window of so many segments is none."""
+    if bptt_segments is not None and (type(bptt_segments) is not int or bptt_segments < 1):
+        raise ValueError(f"bptt_segments is {bptt_segments!r}; it must be a whole number, at least 1, or None")
+
+
+def check_rows(tokens: Tensor, state: State, lengths: Tensor | None) -> None:
+    """A ValueError where a state or lengths do not belong to tokens (B, T).
+
+    Values of lengths are looked at on CPUs alone: elsewhere that would wait for the device.
+    """
+    num_rows, size = tokens.shape
+    if others := {len(leaf) for leaf in states.leaves(state)} - {num_rows}:
+        raise ValueError(f"the state is of {others.pop()} rows, the tokens are of {num_rows}")
+    if lengths is None:
+        return
+    if lengths.shape != (num_rows,):
+        raise ValueError(f"lengths are {tuple(lengths.shape)}; give one for each of {num_rows} rows")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = [length for length in lengths.tolist() if not 0 <= length <= size]
+        if wrong:
+            raise ValueError(f"a length is {wrong[0]}; it must be 0 to {size}, as many tokens as rows have here")
+
+
 def cut(tokens: Tensor, labels: Tensor, lengths: Tensor | None, segment_len: int) -> list[SegmentBatch]:
-    """Texts (B, N) as segments of `segment_len`; the last may be shorter."""
+    """Texts (B, N) as segments of `segment_len`; the last may be shorter. Labels at padding are not asked for."""
     if tokens.shape != labels.shape or tokens.dim() != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} must be equal (rows, tokens)")
+    if lengths is not None:
+        at = torch.arange(tokens.shape[1], device=labels.device)
+        labels = labels.masked_fill(at >= lengths.to(labels.device)[:, None], IGNORED)
     starts = range(0, tokens.shape[1], segment_len)
     return [
         SegmentBatch(part, answers, _part_lengths(lengths, start, part.shape[1]))
@@ -298,6 +335,8 @@ def run(
 ) -> tuple[Output, State]:
     """Read whole texts: tokens (B, N) int64, lengths (B,) real tokens. Output over all N tokens, and the last state.
 
+    The output's auxiliary loss is the mean over segments, as in `forward`.
+
     `order` is the order of the (segment, layer) cells. "sequential" goes segment by segment. "diagonal" runs cells of
     different segments and layers together, which fills a device that one cell leaves idle; the results are the same up
     to rounding. It needs a memory that is local to layers, and no random choices (neither dropout nor a generator):
@@ -317,7 +356,7 @@ def run(
         hidden, aux, state = run_diagonal(model, parts, state)
     else:
         hidden, aux, state = _run_sequential(model, parts, state, generator)
-    return Output(torch.cat(hidden, dim=1), aux, model.backbone.head), state
+    return Output(torch.cat(hidden, dim=1), aux / len(parts), model.backbone.head), state
 
 
 def _run_sequential(

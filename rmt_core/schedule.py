@@ -75,6 +75,8 @@ def choose(model: RecurrentModel, order: str, parts: Sequence[Part], generator: 
 def refusal(model: RecurrentModel, generator: torch.Generator | None = None) -> str | None:
     """Why the cells of this model cannot run in diagonal order; None if they can."""
     memory = model.memory
+    if not model.sees_segments_alone:
+        return "full attention's keys and values are no memory's state"
     if not memory.layer_local:
         members = getattr(memory, "members", [memory])
         kinds = [settings["kind"] for settings in model.config.memory]

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from . import state as states
 from .backbone_config import config_from
-from .build import build_memory
+from .build import build_memory, configured, on_its_own
 from .config import DTYPES, NOT_KEPT, BackboneSource, memory_settings, memory_to_json
 from .encoder_decoder import FAMILIES, EncoderDecoder, load_lm
 from .memory import MEMORIES
 from .memory.base import Memory, Segment
-from .recurrent import IGNORED, Output, SegmentLoss, SegmentModel
+from .recurrent import IGNORED, Output, SegmentLoss, SegmentModel, check_rows
 from .state import State
 
 
@@ -132,6 +132,7 @@ class Seq2SeqModel(SegmentModel[Seq2SeqBatch]):
         """
         if source.dim() != 2 or not 1 <= source.shape[1] <= self.segment_len:
             raise ValueError(f"source is {tuple(source.shape)}; a step takes (rows, 1 to {self.segment_len} tokens)")
+        check_rows(source, state, lengths)
         before = state if reset is None else states.where(reset, self.init_state(len(source)), state)
         segment = Segment(source.shape[1], lengths, generator=generator)
         h, new = self.memory.enter(self.backbone.embed(source), before, segment), before
@@ -219,11 +220,8 @@ def build_seq2seq(config: Seq2SeqConfig | None = None, **settings: Any) -> Seq2S
     Weights come from the backbone's directory, or are random (seed them with `torch.manual_seed`). The model is in
     evaluation mode: call `train()` for dropout. Raises ValueError where the parts do not fit each other.
     """
-    if config is None:
-        config = Seq2SeqConfig(**settings)
-    elif settings:
-        raise ValueError(f"give a configuration or keywords, not both: {', '.join(settings)}")
+    config = configured(Seq2SeqConfig, config, settings)
     dtype = DTYPES[config.dtype]
     backbone = EncoderDecoder(load_lm(config.backbone, dtype))
     memory = build_memory(config.memory, backbone.dimensions).to(dtype)
-    return Seq2SeqModel(backbone, memory, config).eval()
+    return Seq2SeqModel(backbone, memory, on_its_own(config, FAMILIES)).eval()

@@ -3,6 +3,8 @@
 Axes: B rows, T tokens of a segment.
 """
 
+from collections import Counter
+from collections.abc import Hashable
 from functools import partial
 
 import torch
@@ -38,8 +40,9 @@ class Skimmer:
         usual = PATIENCE_TO_COMPILE if self._kind is _Compiled else PATIENCE
         self._model = model
         self._patience = usual if patience is None else patience
-        self._seen = 0
-        self._fast: _Recorded | _Compiled | None = None
+        self._seen: Counter[Hashable] = Counter()
+        self._made: dict[Hashable, _Recorded | _Compiled] = {}
+        self._last: _Recorded | _Compiled | None = None
 
     @torch.inference_mode()
     def after(self, tokens: Tensor, state: State, lengths: Tensor | None = None) -> State:
@@ -49,13 +52,16 @@ class Skimmer:
         """
         if self._kind is None or lengths is not None or tokens.shape[1] != self._model.segment_len:
             return self._model.step(tokens, state, lengths)[1]
-        if self._fast is not None and self._fast.fits(tokens, state):
-            return self._fast.after(tokens, state)
-        self._seen += 1
-        if self._seen > self._patience:
-            self._fast = self._kind(self._model, tokens, state)
-            return self._fast.after(tokens, state)
-        return self._model.step(tokens, state)[1]
+        if self._last is not None and self._last.fits(tokens, state):
+            return self._last.after(tokens, state)
+        shape = (tokens.shape, *((leaf.shape, leaf.dtype) for leaf in states.leaves(state)))
+        if shape not in self._made:
+            self._seen[shape] += 1
+            if self._seen[shape] <= self._patience:
+                return self._model.step(tokens, state)[1]
+            self._made[shape] = self._kind(self._model, tokens, state)
+        self._last = self._made[shape]
+        return self._last.after(tokens, state)
 
 
 class _Recorded:

@@ -71,6 +71,8 @@ def where(rows: Tensor, chosen: State, otherwise: State) -> State:
 
 def select(state: State, rows: Tensor | Sequence[int]) -> State:
     """The rows with the given indices, in their order."""
+    if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+        raise ValueError("rows are true or false; give their indices: mask.nonzero().flatten()")
 
     def pick(tensor: Tensor) -> Tensor:
         return tensor.index_select(0, torch.as_tensor(rows, dtype=torch.long, device=tensor.device))

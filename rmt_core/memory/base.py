@@ -149,6 +149,8 @@ class Memory(nn.Module):
         False  # a token's reading depends on the open segment's tokens before it (see `Segment`)
     )
 
+    is_cache: bool = False  # attention sees inputs of earlier segments by it: one of a composition may
+    computes_attention: bool = False  # in the place of the backbone's own: one of a composition may
     rows_before: int = 0  # rows that `enter` puts before the text
     rows_after: int = 0  # rows that `enter` puts after the text when the segment closes
     context_len: int = 0  # positions that attention sees besides the segment

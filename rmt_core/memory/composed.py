@@ -7,14 +7,11 @@ from __future__ import annotations  # torch.compile cannot evaluate those of fun
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ..state import State
 from .base import Attention, Block, Context, Dimensions, Memory, Segment
-
-T = TypeVar("T")
 
 
 class ComposedMemory(Memory):
@@ -128,16 +125,9 @@ def _with(
 
         return block(
             h,
-            context=_only(context, outer_context, "extend"),
+            context=context or outer_context,  # no composition has two
             between=both if maps else None,
-            attention=_only(attention, outer_attention, "compute"),
+            attention=attention or outer_attention,
         )
 
     return joined
-
-
-def _only(inner: T | None, outer: T | None, doing: str) -> T | None:
-    """The one of the two that is there."""
-    if inner is not None and outer is not None:
-        raise ValueError(f"two memories of one composition both {doing} attention; use one of them")
-    return outer if inner is None else inner

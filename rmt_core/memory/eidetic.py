@@ -157,8 +157,6 @@ class BMojoLayer(LayerMemory):
         fading = torch.cat([state["fading"], faded.rows.to(state["fading"].dtype)], dim=1)  # (B, 2w - 1 + N, D)
 
         def attention(heads: Heads) -> Tensor:
-            if heads.context_filled is not None:
-                raise ValueError("bmojo cannot be combined with a cache; it has a window of its own")
             return self._attend(heads, fading, state, segment)
 
         out = block(h, attention=attention)
@@ -294,4 +292,5 @@ class BMojoMemory(LayerwiseMemory):
     def __init__(self, config: BMojoConfig, dimensions: Dimensions) -> None:
         super().__init__(config, dimensions)
         self.context_len = 2 * config.window
+        self.is_cache = self.computes_attention = config.window > 0
         self.layers = nn.ModuleList(BMojoLayer(config, dimensions) for _ in range(dimensions.num_layers))

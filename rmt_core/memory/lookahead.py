@@ -62,8 +62,6 @@ class LaMemoLayer(LayerMemory):
         new: dict[str, Tensor] = {}
 
         def attention(heads: Heads) -> Tensor:
-            if heads.keys.shape[2] != h.shape[1]:
-                raise ValueError("lamemo cannot be combined with another cache; use one of them")
             mixed, new["mixed"], new["log_weight"] = self._attend(heads, state, segment)
             return mixed
 
@@ -212,6 +210,7 @@ class LaMemoMemory(LayerwiseMemory):
     def __init__(self, config: LaMemoConfig, dimensions: Dimensions) -> None:
         super().__init__(config, dimensions)
         self.rows_before = config.cache_len
+        self.is_cache = self.computes_attention = config.cache_len > 0
         direction = LearnedRows(1, dimensions.num_heads if config.cache_len else 0, std=0.0)
         self.layers = nn.ModuleList(LaMemoLayer(config, dimensions, direction) for _ in range(dimensions.num_layers))
 

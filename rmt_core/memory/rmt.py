@@ -77,6 +77,7 @@ class RMTMemory(Memory):
         num_read = config.num_tokens if config.num_read_tokens is None else config.num_read_tokens
         retrieves = config.max_past_memories > 0
         self.stands_once = dimensions.encoder_layers is not None
+        self.computes_attention = config.bidirectional
         if self.stands_once and config != RMTConfig(config.num_tokens):
             raise ValueError("on an encoder memory 'rmt' has one block, read and written: it takes num_tokens only")
         self.rows_before = num_read * (2 if retrieves else 1)
@@ -148,7 +149,8 @@ class FixedGate(nn.Module):
         self.bias = nn.Parameter(torch.ones(width))
 
     def forward(self, memory: Tensor, written: Tensor) -> Tensor:
-        return torch.lerp(self.value(written), memory, torch.sigmoid(self.bias))
+        value = self.value(written).to(memory.dtype)  # under autocast it may be narrower
+        return torch.lerp(value, memory, torch.sigmoid(self.bias).to(memory.dtype))
 
 
 class LSTMGate(nn.Module):

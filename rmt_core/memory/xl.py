@@ -65,6 +65,7 @@ class XLMemory(LayerwiseMemory):
     def __init__(self, config: XLConfig, dimensions: Dimensions) -> None:
         super().__init__(config, dimensions)
         self.context_len = config.cache_len
+        self.is_cache = config.cache_len > 0
         self.layers = nn.ModuleList(XLLayer(config, dimensions.width) for _ in range(dimensions.num_layers))
 
     def context_filled(self, state: State) -> Tensor | int:

@@ -19,7 +19,7 @@ from rmt_core.generation import _Decoder
 from rmt_core.memory.eidetic import CHUNK, scan
 from rmt_core.state import leaves
 
-from .tiny import BMOJO, FULL_BMOJO, RMT, XL, Embeddings, close, tiny_config, tiny_model, tokens_like
+from .tiny import BMOJO, FULL_BMOJO, RMT, Embeddings, close, tiny_config, tiny_model, tokens_like
 
 T = 6
 
@@ -309,13 +309,6 @@ def test_the_window_is_what_bounds_the_state() -> None:
         state = tiny_model(FULL_BMOJO, segment_len=size).init_state(1)
         rows = (4 - 1) + (2 * 4 - 1) + 3  # recent, fading, eidetic
         assert sum(leaf.numel() for leaf in leaves(state[0])) == 32 * (rows + 3) + (4 - 1) + 3 + 1
-
-
-@pytest.mark.parametrize("kinds", [[XL, BMOJO], [BMOJO, XL]])
-def test_a_cache_beside_it_is_refused(kinds: Any) -> None:
-    model = tiny_model(kinds, segment_len=T)
-    with pytest.raises(ValueError, match="cannot be combined with a cache"):
-        model.step(tokens_like(1, T), model.init_state(1))
 
 
 @pytest.mark.parametrize("setting", [{"window": -1}, {"state_size": 0}, {"num_eidetic": -2}, {"window": 1.5}])

@@ -1,6 +1,7 @@
 """Models as directories: equal after the round trip, whole or not there at all, strict when read."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,10 @@ def test_a_model_from_a_directory_no_longer_needs_it(tmp_path: Path) -> None:
     source, target = tmp_path / "backbone", tmp_path / "model"
     tiny_model().backbone.lm.save_pretrained(source)
     model = rmt_core.build(backbone=source, memory=RMT, segment_len=6, dtype="float64")
-    rmt_core.save(target, model)
-    wanted = read(model)[0]
     for file in source.iterdir():
         file.unlink()
+    rmt_core.save(target, model)
+    wanted = read(model)[0]
     assert torch.equal(read(rmt_core.load(target))[0], wanted)
     assert str(tmp_path) not in (target / "config.json").read_text()
 
@@ -104,6 +105,9 @@ def test_another_tokenizer_than_the_saved_one_is_refused(tmp_path: Path) -> None
     rmt_core.load(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(ValueError, match="is not the tokenizer that the model was saved with"):
+        rmt_core.load(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer.json, with which the model was saved; put it back"):
         rmt_core.load(tmp_path / "model")
     rmt_core.save(tmp_path / "older", tiny_model())  # without one, any does
     (tmp_path / "older" / "tokenizer.json").write_text("{}")
@@ -146,6 +150,62 @@ def test_a_save_never_deletes_what_is_no_model(tmp_path: Path) -> None:
     assert (tmp_path / "backbone" / "config.json").read_text() == '{"model_type": "llama"}'
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "empty", "file"]
+
+
+def test_a_save_over_a_model_deletes_nothing_that_is_not_its(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    rmt_core.save(target, tiny_model(), Tokenizer())
+    (target / "results.json").write_text("mine")
+    (target / "plots").mkdir()
+    with pytest.raises(ValueError, match="would be lost: plots, results.json; give another"):
+        rmt_core.save(target, tiny_model(RMT))
+    assert (target / "results.json").read_text() == "mine"
+
+
+def test_a_link_to_a_model_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model", target_is_directory=True)
+    for seed in (0, 1):
+        new = tiny_model(RMT, seed=seed)
+        rmt_core.save(tmp_path / "link", new)
+        assert rmt_core.fingerprint(rmt_core.load(tmp_path / "disk" / "model")) == rmt_core.fingerprint(new)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_where_the_new_model_cannot_take_its_place_the_older_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tiny_model(RMT)
+    rmt_core.save(tmp_path / "model", old)
+    rename, target = os.rename, tmp_path / "model"
+
+    def failing(source: Path, to: Path) -> None:
+        if Path(to) == target and Path(source).name != "old":
+            raise OSError("no longer allowed")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="no longer allowed"):
+        rmt_core.save(target, tiny_model(RMT, seed=1))
+    assert rmt_core.fingerprint(rmt_core.load(target)) == rmt_core.fingerprint(old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_converted_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    model = tiny_model(RMT).to(torch.bfloat16)
+    rmt_core.save(tmp_path / "model", model)
+    again = rmt_core.load(tmp_path / "model")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert rmt_core.fingerprint(again) == rmt_core.fingerprint(model)
+
+
+def test_loading_draws_from_nobodys_random_numbers(tmp_path: Path) -> None:
+    rmt_core.save(tmp_path / "model", tiny_model(RMT))
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    rmt_core.load(tmp_path / "model")
+    assert torch.equal(torch.rand(4), wanted)
 
 
 def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:

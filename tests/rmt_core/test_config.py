@@ -1,6 +1,7 @@
 """Configurations: what is refused, and with which words."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import rmt_core
 from rmt_core import ModelConfig
 
-from .tiny import ENCODER_ONLY, MEMORIES, tiny_config, tiny_model
+from .tiny import BMOJO, ENCODER_ONLY, LAMEMO, MEMORIES, XL, tiny_config, tiny_model
 
 
 def config(**settings: Any) -> ModelConfig:
@@ -26,6 +27,7 @@ def config(**settings: Any) -> ModelConfig:
         ({"kind": "none", "zzz": 3}, "memory 'none' has no setting 'zzz'; it has none"),
         ({"kind": "rmt", "num_tokens": "3"}, "memory.num_tokens is '3'; it must be a whole number"),
         ({"kind": "rmt", "num_tokens": -1}, "memory.num_tokens is -1; it must be at least 0"),
+        ({"kind": "rmt", "noise": float("inf")}, "memory.noise is inf; it must be at least 0"),
         ([], "memory is \\[\\]; give a kind"),
         (None, "memory is None; give a kind"),
         (7, "memory is 7; give a kind"),
@@ -38,6 +40,57 @@ def config(**settings: Any) -> ModelConfig:
 def test_a_memory_that_cannot_be_is_refused(memory: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(memory=memory)
+
+
+OPEN_BLOCKS = {"kind": "rmt", "num_tokens": 2, "bidirectional": True}
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ([XL, LAMEMO], "memories 'xl' and 'lamemo' cannot be combined: each has attention see earlier segments'"),
+        ([BMOJO, "rmt", XL], "memories 'bmojo' and 'xl' cannot be combined"),
+        ([BMOJO, OPEN_BLOCKS], "memories 'bmojo' and 'rmt' cannot be combined: each computes attention itself"),
+        ([OPEN_BLOCKS, LAMEMO], "memories 'rmt' and 'lamemo' cannot be combined"),
+    ],
+)
+def test_memories_that_take_the_same_place_are_refused_together(memory: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model(memory)
+    tiny_model([XL, OPEN_BLOCKS])
+    tiny_model([{"kind": "xl", "cache_len": 0}, LAMEMO])  # no cache is nothing in the way
+
+
+def test_a_configuration_object_stays_the_callers() -> None:
+    backbone = tiny_config()
+    before = backbone.to_dict(), backbone._attn_implementation
+    model = rmt_core.build(backbone=backbone, memory="rmt", segment_len=8, dtype="bfloat16")
+    assert (backbone.to_dict(), backbone._attn_implementation) == before
+    wanted = rmt_core.fingerprint(model)
+    backbone.hidden_size *= 2
+    assert rmt_core.fingerprint(model) == wanted
+
+
+@pytest.mark.parametrize("build", [rmt_core.build, rmt_core.build_encoder, rmt_core.build_seq2seq])
+def test_a_configuration_of_another_kind_is_refused(build: Any) -> None:
+    with pytest.raises(ValueError, match="the configuration is a dict; give a .*Config, or its fields as keywords"):
+        build({"backbone": tiny_config()})
+
+
+def test_segments_stay_where_longrope_is_the_same_for_all(tmp_path: Path) -> None:
+    """Else a segment that is still written would be read otherwise than the whole of it."""
+    scaling = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    }
+    settings: Any = {"rope_parameters": scaling, "max_position_embeddings": 64}
+    tiny_model({"kind": "rmt", "num_tokens": 2}, segment_len=12, **settings)
+    with pytest.raises(ValueError, match=r"segment_len 13 \+ 4 memory positions exceeds 16, from where on .* longrope"):
+        tiny_model({"kind": "rmt", "num_tokens": 2}, segment_len=13, **settings)
 
 
 @pytest.mark.parametrize("segment_len", [0, -1, 2.0, "8", True])

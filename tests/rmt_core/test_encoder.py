@@ -327,9 +327,13 @@ def test_other_families_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([], "there are no documents"), ([[1], []], "document 1 is empty; a document needs at least one token")],
+    [
+        ([], "there are no documents"),
+        ([[1], []], "document 1 is empty; a document needs at least one token"),
+        ([1, 2], r"document 0 has shape \(\); give documents, each a list of tokens"),
+    ],
 )
-def test_documents_that_are_none_are_refused(given: list[list[int]], message: str) -> None:
+def test_documents_that_are_none_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_encoder().read(given)
 

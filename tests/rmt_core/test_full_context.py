@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rmt_core
 from rmt_core import DoesNotFitError, FullContext, floats_per_token
 
 from .tiny import FAMILIES, RMT, close, tiny_model, tokens_like
@@ -132,3 +133,14 @@ def test_what_it_cannot_read_is_refused() -> None:
     with pytest.raises(ValueError, match="neither reset nor active"):
         model.step(torch.zeros(1, 1, dtype=torch.long), state, reset=torch.tensor([True]))
     assert model.init_state(1).keys[0].shape == (1, 2, 64, 8)
+    with pytest.raises(ValueError, match="order 'diagonal' is not possible: full attention's keys and values"):
+        rmt_core.run(model, tokens_like(1, 8), order="diagonal")
+    with pytest.raises(ValueError, match="full attention has no sessions; write with FullContext.write"):
+        rmt_core.generate(model, [[1, 2]], 1)
+
+
+def test_logits_may_be_asked_for_later() -> None:
+    model = full()
+    out, _ = model.step(tokens_like(1, 4), model.init_state(1, 4))
+    assert out.logits.requires_grad
+    assert not out.hidden.requires_grad

@@ -245,6 +245,24 @@ def test_seeds_decide(model: RecurrentModel) -> None:
 # Borders
 
 
+def test_a_session_may_begin_what_is_trained(model: RecurrentModel) -> None:
+    """What was read without gradient is plain numbers to a later gradient."""
+    session = rmt_core.read(model, rmt_core.open_session(model, 2), tokens_like(2, 2 * model.segment_len + 1))
+    out, _ = model.step(tokens_like(2, model.segment_len), session.state)
+    (out.hidden.sum() + model.backbone.head(session.hidden).sum()).backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad()
+
+
+def test_a_session_of_others_is_refused() -> None:
+    model = tiny_model(RMT)
+    session = rmt_core.open_session(model, 1)
+    with pytest.raises(ValueError, match="3 prompts for a session of 1 rows; give one a row"):
+        rmt_core.generate(model, [[1], [2], [3]], 1, session=session)
+    with pytest.raises(ValueError, match="the session has segments of 6 tokens, the model of 5"):
+        rmt_core.generate(tiny_model(RMT, segment_len=5), [[1]], 1, session=session)
+
+
 def test_what_is_written_carries_no_gradient() -> None:
     model = tiny_model(RMT, segment_len=T)
     session = rmt_core.generate(model, prompts(), 3).session
@@ -260,6 +278,7 @@ def test_what_is_written_carries_no_gradient() -> None:
         ({"prompts": [[1], []]}, "an empty prompt has no next token"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be 0 or more"),
         ({"seeds": [1, 2]}, "2 seeds for 1 prompts; give one a row"),
+        ({"prompts": [1, 2]}, r"a prompt has shape \(\); give a list of prompts, each a list of tokens"),
     ],
 )
 def test_what_cannot_be_written_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -225,13 +225,6 @@ def test_no_gradient_is_carried() -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.memory.parameters())
 
 
-@pytest.mark.parametrize("kinds", [[XL, LAMEMO], [LAMEMO, XL]])
-def test_two_caches_are_refused(kinds: Any) -> None:
-    model = tiny_model(kinds, segment_len=T)
-    with pytest.raises(ValueError, match="cannot be combined with another cache"):
-        model.step(tokens_like(1, T), model.init_state(1))
-
-
 @pytest.mark.parametrize("cache_len", [-4, False])
 def test_a_cache_length_that_is_none_is_refused(cache_len: Any) -> None:
     with pytest.raises(ValueError, match=r"memory\.cache_len is .*; it must be"):

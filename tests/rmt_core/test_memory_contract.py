@@ -220,10 +220,12 @@ def test_streamed_equals_one_shot(model: RecurrentModel) -> None:
 
 def test_the_loss_is_that_of_the_logits(model: RecurrentModel) -> None:
     tokens, lengths = tokens_like(2, 3 * T), torch.tensor([3 * T, 2 * T + 1])
-    labels = next_labels(tokens).masked_fill(torch.arange(3 * T) >= lengths[:, None] - 1, -100)
+    labels = next_labels(tokens)
+    asked = labels.masked_fill(torch.arange(3 * T) >= lengths[:, None], -100)  # padding is not
     out, _ = rmt_core.run(model, tokens, lengths=lengths)
-    wanted = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    assert close(model(tokens, labels, lengths=lengths), wanted + out.aux / 3)  # the mean over segments
+    wanted = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), asked.flatten(), ignore_index=-100)
+    assert close(model(tokens, labels, lengths=lengths), wanted + out.aux)
+    assert close(rmt_core.backward(model, tokens, labels, lengths=lengths), wanted + out.aux)
 
 
 def test_a_reset_row_equals_a_fresh_one(model: RecurrentModel) -> None:
@@ -478,10 +480,38 @@ def test_a_step_refuses_tokens_that_are_no_segment(model: RecurrentModel, shape:
         model.step(torch.zeros(shape, dtype=torch.long), model.init_state(2))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([T + 1, 1], f"a length is {T + 1}; it must be 0 to {T}"),
+        ([1, -1], f"a length is -1; it must be 0 to {T}"),
+        ([1], r"lengths are \(1,\); give one for each of 2 rows"),
+    ],
+)
+def test_lengths_that_rows_do_not_have_are_refused(model: RecurrentModel, lengths: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.step(tokens_like(2, T), model.init_state(2), torch.tensor(lengths))
+
+
+def test_a_state_of_other_rows_is_refused(model: RecurrentModel) -> None:
+    if not leaves(model.init_state(1)):
+        pytest.skip("nothing is carried")
+    for num_rows in (1, 3):
+        with pytest.raises(ValueError, match=f"the state is of {num_rows} rows, the tokens are of 2"):
+            model.step(tokens_like(2, T), model.init_state(num_rows))
+
+
+@pytest.mark.parametrize("bptt_segments", [0, -1, 1.5])
+def test_windows_of_no_segments_are_refused(bptt_segments: Any) -> None:
+    model, tokens = tiny_model(RMT), tokens_like(1, 2 * T)
+    with pytest.raises(ValueError, match="bptt_segments is .*; it must be a whole number, at least 1, or None"):
+        model(tokens, next_labels(tokens), bptt_segments=bptt_segments)
+
+
 def test_a_text_without_labels_has_only_the_auxiliary_loss(model: RecurrentModel) -> None:
     tokens = tokens_like(2, 2 * T)
     loss = rmt_core.backward(model, tokens, torch.full_like(tokens, -100))
-    aux = rmt_core.run(model, tokens)[0].aux / 2
+    aux = rmt_core.run(model, tokens)[0].aux
     assert close(loss, aux)
     assert bool(aux) == any(grad.any() for grad in gradients(model).values())
 

@@ -281,3 +281,11 @@ def test_noise_is_drawn_again_where_a_segment_is_computed_again(mode: str) -> No
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model({"kind": "rmt", **settings})
+
+
+@pytest.mark.parametrize("gate", ["fixed", "lstm"])
+def test_gates_keep_the_states_type_under_autocast(gate: str) -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 2, "gate": gate}, segment_len=T).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = rmt_core.run(model, tokens_like(2, 3 * T))
+    assert state.dtype == torch.float32

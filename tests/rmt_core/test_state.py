@@ -48,6 +48,11 @@ def test_select_takes_rows_in_the_order_asked_for() -> None:
     assert same(states.select(state, []), states.tree_map(lambda leaf: leaf[:0], state))
 
 
+def test_select_takes_no_mask() -> None:
+    with pytest.raises(ValueError, match="rows are true or false; give their indices"):
+        states.select(torch.ones(3, 2), torch.tensor([True, False, True]))
+
+
 def test_stack_joins_rows() -> None:
     state = tree()
     parts = [states.select(state, [i]) for i in range(3)]
