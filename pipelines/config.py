@@ -283,7 +283,8 @@ def _help(name: str, field: pydantic.fields.FieldInfo, base: Mapping[str, Any]) 
     if isinstance(default, pydantic.BaseModel):
         default = default.model_dump(mode="json")
     shown = default if isinstance(default, str) else json.dumps(default, default=str)
-    shown = "none" if default is None else shown
+    if default is None:  # a field whose `none` would be read as a word is said to be left out
+        shown = "none" if _without_none(field.annotation)[1] else "not given"
     return f"{field.description} (default: {shown})".replace("%", "%%")
 
 

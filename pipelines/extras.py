@@ -25,6 +25,4 @@ def require_extra(extra: str, *, job: str, modules: Sequence[str] | None = None)
     missing = [module for module in wanted if importlib.util.find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise InputError(
-            f"{job} needs {', '.join(missing)}, which {verb} not installed; run: pip install 'rmt-ray[{extra}]'"
-        )
+        raise InputError(f"{job} needs {', '.join(missing)}, which {verb} not installed; run: pip install '.[{extra}]'")

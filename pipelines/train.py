@@ -43,7 +43,7 @@ from pipelines.data.mixture import Store
 from pipelines.data.tokenise import Tokenizer
 from pipelines.extras import require_extra
 from pipelines.job import run_job
-from pipelines.recipes import find_recipe
+from pipelines.recipes import RECIPES, find_recipe
 from pipelines.training.backbones import apart, described, with_directory
 from pipelines.training.costs import model_size, outline
 from pipelines.training.identity import Identity, identity_of
@@ -85,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    about = __doc__.splitlines()[0]
+    about = (
+        f"{__doc__.splitlines()[0]} A recipe may come first, before all settings: {', '.join(RECIPES)}, or a YAML "
+        "file of your own; without one it is tiny."
+    )
     return run_job(train, TrainConfig, words, prog="train", description=about, base=recipe, plan=plan)
 
 

@@ -56,13 +56,13 @@ class ModelSettings(Config):
     )
     memory: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default=None,
-        description="memory kind, or JSON with its settings, or a JSON list of such; none: that of model.start, or "
-        '{"kind": "rmt", "num_tokens": 4}',
+        description="memory kind (the kind none: no memory), or JSON with its settings, or a JSON list of such; not "
+        'given: that of model.start, or {"kind": "rmt", "num_tokens": 4}',
     )
     feed_forward: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default=None,
-        description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; none: what "
-        "replaces those of model.start, or nothing",
+        description="what replaces feed-forward parts: a kind (ultramem), or JSON with its settings; not given: "
+        "what replaces those of model.start, or nothing",
     )
     train: Literal["everything", "memory", "lora"] = Field(
         default="everything",

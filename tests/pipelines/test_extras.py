@@ -24,5 +24,5 @@ def test_a_missing_extra_names_the_module_and_the_command(monkeypatch: pytest.Mo
     with pytest.raises(InputError) as caught:
         require_extra("train", job="rmt-train")
     message = str(caught.value)
-    assert message == "rmt-train needs deepspeed, which is not installed; run: pip install 'rmt-ray[train]'"
+    assert message == "rmt-train needs deepspeed, which is not installed; run: pip install '.[train]'"
     assert "\n" not in message

@@ -150,7 +150,7 @@ def test_what_is_not_installed_is_named_with_the_command(monkeypatch: pytest.Mon
     check_tracking(ReportSettings(mlflow="http://127.0.0.1:5000"))
     with pytest.raises(InputError) as caught:
         check_tracking(ReportSettings(wandb="memories"))
-    expected = "report.wandb needs wandb, which is not installed; run: pip install 'rmt-ray[tracking]'"
+    expected = "report.wandb needs wandb, which is not installed; run: pip install '.[tracking]'"
     assert str(caught.value) == expected
 
 
