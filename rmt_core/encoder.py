@@ -244,9 +244,7 @@ class EncoderModel(nn.Module):
         texts = [torch.as_tensor(document, dtype=torch.long, device=device) for document in documents]
         for i, text in enumerate(texts):
             if text.dim() != 1:
-                raise ValueError(
-                    f"document {i} has shape {tuple(text.shape)}; give a list of documents, each of tokens"
-                )
+                raise ValueError(f"document {i} has shape {tuple(text.shape)}; give documents, each a list of tokens")
             if not len(text):
                 raise ValueError(f"document {i} is empty; a document needs at least one token")
         if not texts:

@@ -54,6 +54,8 @@ class Generation(NamedTuple):
 
 def open_session(model: RecurrentModel, batch_size: int) -> Session:
     """A reader that has read nothing."""
+    if not model.sees_segments_alone:
+        raise ValueError("full attention has no sessions; write with FullContext.write")
     weight = model.backbone.lm.get_input_embeddings().weight
     nothing = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
     return Session(
@@ -145,8 +147,6 @@ class _Decoder:
     """A session in motion: the open segment's keys and values are made when a token is first appended."""
 
     def __init__(self, model: RecurrentModel, session: Session) -> None:
-        if not model.sees_segments_alone:
-            raise ValueError("full attention has no sessions; write with FullContext.write")
         if session.tokens.shape[1] != model.segment_len:
             raise ValueError(
                 f"the session has segments of {session.tokens.shape[1]} tokens, the model of {model.segment_len}; open "

@@ -52,7 +52,7 @@ def settings() -> S3Settings:
     if client not in CLIENTS:
         raise InputError(f"RMT_S3_CLIENT {client!r}: needs to be {' or '.join(CLIENTS)}")
     if client == "s3fs" and importlib.util.find_spec("s3fs") is None:
-        raise InputError("RMT_S3_CLIENT is s3fs, which is not installed; run: pip install 'rmt-ray[s3fs]', or unset it")
+        raise InputError("RMT_S3_CLIENT is s3fs, which is not installed; run: pip install '.[s3fs]', or unset it")
     return S3Settings(
         endpoint=endpoint.rstrip("/") if endpoint else None,
         region=region or ("us-east-1" if endpoint else None),  # other stores take any, and asking for it costs seconds

@@ -3,8 +3,9 @@
 States are those of DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, for weights in 16 bits that are
 all trained: 2 + 18 / W bytes a parameter under ZeRO 2), by parts, so that frozen weights, float32 and the stages 0 and
 1 are covered too. A step has two moments that may be the worst: the backward pass, when activations give way to
-gradients and these to what is reduced of them, and the optimiser's step. Under ZeRO 3 there is a third: the start, when
-DeepSpeed has the whole model on the device before it shares it out.
+gradients and these to what is reduced of them, and the optimiser's step. Of several backward passes the later ones
+begin beside the whole gradient of those before, which is reduced behind the last. Under ZeRO 3 there is a third moment:
+the start, when DeepSpeed has the whole model on the device before it shares it out.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from pipelines.training.settings import TrainConfig
 STAGES = (0, 1, 2, 3)
 REDUCED_AT_ONCE = 500_000_000  # gradients in DeepSpeed's buffer, and in one all-reduce without ZeRO
 WHOLE_AT_ONCE = 1_000_000_000  # parameters that ZeRO 3 keeps whole for their next use (stage3_max_live_parameters)
+GATHERED_AT_ONCE = 50_000_000  # parameters that it brings together in one go (stage3_prefetch_bucket_size)
 _FLOAT32 = 4  # bytes
 _MOMENTS = 8  # bytes: two float32 that AdamW keeps of each parameter
 _SCRATCH = 8  # bytes a parameter that AdamW takes while it steps: two float32
@@ -50,15 +52,14 @@ def footprint(config: TrainConfig, size: ModelSize, cost: SegmentCost, stage: in
         scratch = _SCRATCH * min(size.largest_layer, trained)
         buffers, copied = 0, width * (trained + at_once)
     elif stage == 3:
-        whole = width * min(size.num_parameters, WHOLE_AT_ONCE)
-        weights = -(-weights // num_workers) + whole
+        weights = -(-weights // num_workers) + width * min(size.num_parameters, WHOLE_AT_ONCE)
         gradients = _FLOAT32 * part
         scratch //= 2
-        copied = 2 * width * at_once + width * part
-    if _num_passes(config) > 1:  # then a worker keeps its whole gradient until the last pass
-        copied += width * trained
+        copied = 2 * width * at_once + (0 if width == _FLOAT32 else width * part)
     activations = activations_bytes(config, cost)
-    backward = weights + optimizer + buffers + max(activations, copied)
+    gathered = width * min(size.num_parameters, GATHERED_AT_ONCE) if stage == 3 else 0
+    beside = _beside_states(config, cost, width * trained, buffers, copied, gathered)
+    backward = weights + optimizer + beside
     step = weights + optimizer + gradients + scratch
     host = 0
     if config.workers.offload_optimizer and stage:
@@ -66,6 +67,24 @@ def footprint(config: TrainConfig, size: ModelSize, cost: SegmentCost, stage: in
         backward, step = backward - optimizer, weights + width * part
     start = width * size.num_parameters
     return Footprint(stage, weights, gradients, optimizer, buffers, activations, max(backward, step, start), host)
+
+
+def _beside_states(
+    config: TrainConfig, cost: SegmentCost, gradient: int, buffers: int, copied: int, gathered: int
+) -> int:
+    """What the backward passes of a step take at most, in bytes, beside weights and optimiser.
+
+    `gradient` is that of a worker's rows as a whole. Of several passes each but the first begins beside it, and the
+    last ends in reducing it. In one pass gradients are whole, and reduced, when the first segment's are known: every
+    segment uses all weights.
+    """
+    activations = activations_bytes(config, cost) + gathered
+    if _num_passes(config) > 1:
+        return gradient + max(activations, buffers + copied)
+    first = cost.kept_bytes + cost.passing_bytes + gathered + buffers
+    if max(config.curriculum.num_segments) > 1:
+        first += gradient
+    return max(activations, first, buffers + copied)
 
 
 def activations_bytes(config: TrainConfig, cost: SegmentCost) -> int:

@@ -27,19 +27,22 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._see(tensor, is_made=False)  # so that views of what was there before are not taken for new
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                self._see(tensor)
+            self._see(tensor, is_made=True)
         return out
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, tensor: Any, *, is_made: bool) -> None:
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)
         if reference in self._known:
             return
         self._known.add(reference)
-        size = storage.nbytes()
+        size = storage.nbytes() if is_made else 0
         weakref.finalize(storage, self._forget, reference, size)
         self.num_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.num_bytes)

@@ -197,7 +197,7 @@ def test_unroll_carries_the_state_on() -> None:
         ({"mode": "truncated"}, "bptt_segments is None in mode 'truncated'"),
         ({"mode": "full", "bptt_segments": 2}, "bptt_segments is 2 in mode 'full'"),
         ({"mode": "checkpoint", "bptt_segments": 2}, "bptt_segments is 2 in mode 'checkpoint'"),
-        ({"mode": "truncated", "bptt_segments": 0}, "bptt_segments is 0; it must be at least 1"),
+        ({"mode": "truncated", "bptt_segments": 0}, "bptt_segments is 0; it must be a whole number, at least 1"),
     ],
 )
 def test_modes_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -37,7 +37,7 @@ def test_shapes_that_take_turns_are_prepared_once_each(monkeypatch: pytest.Monke
     skimmer = rmt_core.Skimmer(model, patience=3, compiled=True)
     kept = {rows: model.init_state(rows) for rows in (B, 1)}
     for i in range(12):
-        assert len(made) == (0 if i < 6 else min(i - 5, 2))
+        assert len(made) == max(0, min(i - 6, 2))
         rows = (B, 1)[i % 2]
         tokens = tokens_like(rows, T, seed=i)
         wanted = model.step(tokens, kept[rows])[1]
