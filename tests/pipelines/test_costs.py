@@ -148,6 +148,9 @@ def test_activations_are_what_the_allocator_sees_or_little_more(
     found = segment_cost(model, num_rows)
     kept = 1 if checkpointed else num_segments
     wanted = kept * found.kept_bytes + found.passing_bytes + (num_segments * found.state_bytes if checkpointed else 0)
+    if num_segments > 1:  # behind the later segments' backward passes their gradients wait for the first one's
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        wanted = max(wanted, found.kept_bytes + found.passing_bytes + whole)
     measured = peak_bytes(tmp_path, lambda: train_window(model, num_rows, num_segments, checkpointed))
     assert 0.97 * measured < wanted < 1.2 * measured  # rather too much, for a plan, than too little
 
