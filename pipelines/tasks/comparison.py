@@ -17,7 +17,7 @@ from pipelines.tasks import TASKS
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES
 from pipelines.tasks.cost import COSTS, PEAK_BYTES, SECONDS
 from pipelines.tasks.facts import COUNTS
-from pipelines.tasks.questions import AT_DEPTH
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE
 from pipelines.tasks.report import (
     CONFIG,
     COST_LINES,
@@ -364,6 +364,8 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     content, written = _left_by_evaluate(uri)
     lines = pooled(written)
     found = [line for line in lines if line["metric"] == metric]
+    if metric == ACCURACY:
+        found = _beside_oracles(found, lines)
     unfit = [line for line in lines if line["metric"] == DOES_NOT_FIT]
     if not found and any(line["metric"] != DOES_NOT_FIT for line in lines):
         known = ", ".join(sorted(set(distinct(lines, "metric")) - {AT_DEPTH}))
@@ -388,6 +390,12 @@ def read_evaluation(uri: str, metric: str) -> Evaluation:
     tasks = [task for task in distinct(found, "task") if task in TASKS and "background" in TASKS[task].settings]
     backgrounds = {task: identity["background"] for task in tasks if "background" in identity}
     return Evaluation(name, uri, subject, asked, points, {uri: measuring} if costs else {}, costs, ends, backgrounds)
+
+
+def _beside_oracles(found: Sequence[Line], lines: Sequence[Line]) -> list[Line]:
+    """Accuracies with that of the oracle of the same task and length, where it has one."""
+    known = {(line["task"], line["length"]): {ORACLE: line["value"]} for line in lines if line["metric"] == ORACLE}
+    return [{**line, **known.get((line["task"], line["length"]), {})} for line in found]
 
 
 def _left_by_evaluate(uri: str) -> tuple[dict[str, Any], list[Line]]:

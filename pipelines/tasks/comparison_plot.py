@@ -24,9 +24,11 @@ from pipelines.tasks.curves import (
     style,
     tell_hollow,
 )
+from pipelines.tasks.questions import CHANCE, ORACLE
 from pipelines.tasks.report import short_length
 from pipelines.tasks.report_plot import STYLES
 
+ORACLE_KNOWS = "oracle: knows the counts of a text's last quarter"
 _UNITS = {
     "loss": "loss (nats per token)",
     BY_SEGMENT: "loss (nats per token)",
@@ -59,8 +61,11 @@ def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_l
         for other in MEMORIES[1:]:
             _curve(panel, groups[0], name, other, {"label": f"{other} memory", **STYLES[other]}, metric)
     points = [point for group in groups for one in group.evaluations for point in one.points if point.panel == name]
-    if chances := _chances(groups, name):
+    if chances := _beside(groups, name, CHANCE):
         draw_chance(panel, chances, _told_of_chance(groups))
+    if oracles := _beside(groups, name, ORACLE):
+        at = sorted(oracles)
+        panel.plot(at, [max(oracles[place]) for place in at], color="grey", linestyle="-.", label=ORACLE_KNOWS)
     if any(group.without_memory(name) for group in groups):
         tell_hollow(panel)
     _axes(panel, name, groups, metric, trained_len)
@@ -76,18 +81,18 @@ def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_l
         name_ends(panel, [end for end in ends if end is not None])
 
 
-def _chances(groups: Sequence[Group], panel: str) -> dict[int, list[float]]:
-    """What chance gives at the places of a panel."""
+def _beside(groups: Sequence[Group], panel: str, what: str) -> dict[int, list[float]]:
+    """What chance or an oracle gives at the places of a panel."""
     found: dict[int, list[float]] = {}
     for point in (point for group in groups for one in group.evaluations for point in one.points):
-        if point.panel == panel and "chance" in point.line:
-            found.setdefault(point.at, []).append(point.line["chance"])
+        if point.panel == panel and what in point.line:
+            found.setdefault(point.at, []).append(point.line[what])
     return found
 
 
 def _told_of_chance(groups: Sequence[Group]) -> str:
     """A line of the legend for all panels."""
-    by_panel = {panel: _chances(groups, panel) for panel in panels(groups)}
+    by_panel = {panel: _beside(groups, panel, CHANCE) for panel in panels(groups)}
     found: dict[str, list[str]] = {}
     for panel, chances in by_panel.items():
         if chances:

@@ -16,6 +16,7 @@ from pipelines.tasks.comparison import (
     places,
 )
 from pipelines.tasks.intervals import t_interval
+from pipelines.tasks.questions import CHANCE, ORACLE
 from pipelines.tasks.report import NEEDS_NONE, UNITS, about_intervals, cell, number, titled
 
 
@@ -121,7 +122,8 @@ def _every_model(group: Group, panel: str, metric: str) -> tuple[list[str], list
     shown = [one.point(panel, at, None) or one.point(panel, at, MEMORIES[0])
              for at in group.places(panel) for one in group.evaluations]  # fmt: skip
     lines = [point.line for point in shown if point]
-    extra = [name for name in ("num_samples", "chance") if any(name in line for line in lines)]
+    extra = [name for name in ("num_samples", CHANCE, ORACLE) if any(name in line for line in lines)]
+    known = [name for name in extra if name != "num_samples"]  # of the questions, whatever the model
     memory = main_memory([group], panel)
     others = MEMORIES[1:] if memory else ()
     rows = []
@@ -129,14 +131,14 @@ def _every_model(group: Group, panel: str, metric: str) -> tuple[list[str], list
         points = [one.point(panel, at, memory) for one in group.evaluations]
         found = [point.line for point in points if point is not None]
         samples = ", ".join(map(str, sorted({line["num_samples"] for line in found if "num_samples" in line})))
-        chance = next((line["chance"] for line in found if "chance" in line), None)
+        beside = [next((line[name] for line in found if name in line), None) for name in known]
         rows.append(
             [
                 place_name([group], panel, at, metric) + _mark([group], panel, at),
                 *([samples] if "num_samples" in extra else []),
                 *(cell(None if point is None else point.line) for point in points),
                 *(number(group.mean(panel, at, name)) for name in (memory, *others)),
-                *([number(chance)] if "chance" in extra else []),
+                *map(number, beside),
             ]
         )
     heads = [
@@ -145,7 +147,7 @@ def _every_model(group: Group, panel: str, metric: str) -> tuple[list[str], list
         *(one.name for one in group.evaluations),
         "mean",
         *others,
-        *(["chance"] if "chance" in extra else []),
+        *known,
     ]
     return heads, rows
 

@@ -44,6 +44,7 @@ from rmt_core import DoesNotFitError, FullContext, Output, RecurrentModel
 from rmt_core.state import State
 
 ACCURACY, EXACT, AT_DEPTH, ORACLE = "accuracy", "exact", "accuracy_at_depth", "oracle"
+CHANCE = "chance"  # stands in the lines of accuracies
 UNWRITTEN = "num_unwritten"  # samples behind whose text full attention has no room to write
 _SHORT = 4096  # tokens, up to which depths may give the same place
 _PROBES = 8  # texts, at most, that tell whether they do

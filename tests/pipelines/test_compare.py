@@ -350,6 +350,24 @@ def test_chance_follows_the_lengths_and_is_one_line_of_the_legend(
     assert [list(line.get_xydata()[:, 1]) for line in follows] == [[1 / 64, 1 / 256]]
 
 
+def test_an_oracle_stands_beside_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {64: 0.5, 128: 0.25}
+    told = [{"task": "sorting", "length": at, "metric": "oracle", "value": value} for at, value in known.items()]
+    lines = [*answers({64: 1.0, 128: 0.75}, "sorting"), *answers({64: 1.0}), *told]
+    uris = [evaluation(tmp_path / name, lines, memory=name) for name in ("rmt", "xl")]
+    groups = comparison.read_groups(uris, "accuracy")
+    text = comparison_table.markdown(groups, "accuracy")
+    assert "| zeroed | shuffled | chance | oracle |" in text
+    assert "| 0.7500 | 0.0625 | 0.1250 | 0.0625 | 0.2500 |" in text
+    assert text.count("| oracle |") == 2  # in the tables of sorting alone
+    drawn: list[Figure] = []
+    monkeypatch.setattr(comparison_plot, "png", lambda drawing: drawn.append(drawing) or b"")
+    comparison_plot.plot(groups, "accuracy", None)
+    curves = [[one.get_xydata().tolist() for one in panel.get_lines() if "oracle" in str(one.get_label())]
+              for panel in drawn[0].axes]  # fmt: skip
+    assert curves == [[[[64, 0.5], [128, 0.25]]], []]
+
+
 def test_titles_tell_what_stands_around_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for task in ("capacity_1", "sorting") for line in answers({64: 1.0}, task)]
     uris = [evaluation(tmp_path / told, lines, {"background": told}) for told in ("noise", "prose")]
