@@ -279,7 +279,7 @@ def test_bad_input_is_one_line_and_exit_2(
     for changed, named in (
         ({"--model": tmp_path / "nowhere"}, "no such directory"),
         ({"--model": folder}, "no config.json"),
-        ({"--model": tmp_path / "no-tokenizer"}, "tokenizer.json does not exist"),
+        ({"--model": tmp_path / "no-tokenizer"}, "has no tokenizer.json, with which the model was saved"),
         ({"--input": tmp_path / "nowhere"}, "nowhere"),
         ({"--input": tmp_path / "*.txt"}, "no input found"),
         ({"--output": tmp_path / "file"}, "is a file"),
