@@ -125,10 +125,10 @@ def _replace(part: Path, target: Path) -> None:
     try:
         os.rename(part, target)
     except BaseException:
-        os.rename(aside / "old", target)
+        os.rename(aside / "old", target)  # where this fails too, the older model stays aside
+        os.rmdir(aside)
         raise
-    finally:
-        shutil.rmtree(aside)
+    shutil.rmtree(aside)
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> RecurrentModel:

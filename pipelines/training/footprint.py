@@ -4,7 +4,7 @@ States are those of DeepSpeed's own estimators (`estimate_zero2_model_states_mem
 all trained: 2 + 18 / W bytes a parameter under ZeRO 2), by parts, so that frozen weights, float32 and the stages 0 and
 1 are covered too. A step has two moments that may be the worst: the backward pass, when activations give way to
 gradients and these to what is reduced of them, and the optimiser's step. Of several backward passes the later ones
-begin beside the whole gradient of those before, which is reduced behind the last. Under ZeRO 3 there is a third moment:
+begin beside the whole gradient of those before, which is reduced after the last. Under ZeRO 3 there is a third moment:
 the start, when DeepSpeed has the whole model on the device before it shares it out.
 """
 

@@ -190,6 +190,23 @@ def test_where_the_new_model_cannot_take_its_place_the_older_one_stays(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_older_model_that_cannot_come_back_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tiny_model(RMT)
+    rmt_core.save(tmp_path / "model", old)
+    rename, target = os.rename, tmp_path / "model"
+
+    def failing(source: Path, to: Path) -> None:
+        if Path(to) == target:
+            raise OSError("no longer allowed")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="no longer allowed"):
+        rmt_core.save(target, tiny_model(RMT, seed=1))
+    (aside,) = tmp_path.glob(".model.old.*/old")
+    assert rmt_core.fingerprint(rmt_core.load(aside)) == rmt_core.fingerprint(old)
+
+
 def test_a_converted_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
     model = tiny_model(RMT).to(torch.bfloat16)
     rmt_core.save(tmp_path / "model", model)
