@@ -25,15 +25,23 @@ class RMTConfig:
     bidirectional: bool = False  # rows of one memory block see each other both ways
     max_past_memories: int = 0  # past memories kept to retrieve from, the newest ones (RMT-R); 0: no retrieval
     noise: float = 0.0  # in training only: standard deviation of what is added to the memory, of its root mean square
-    gate: str | None = None  # between the old memory and what is written, "fixed" or "lstm"; None: no old one stays
+    gate: str | None = None  # between the old memory and what is written, one of GATES; None: no old one stays
+    write_cost: float = 0.0  # nats in the auxiliary loss for a segment whose gate writes the whole memory
+    write_floor: float = 0.0  # in training only: the least probability with which a binary gate writes
 
     def __post_init__(self) -> None:
-        at_least(0, self, "num_tokens", "max_past_memories", "noise")
+        at_least(0, self, "num_tokens", "max_past_memories", "noise", "write_cost")
         read = self.num_read_tokens
         if read is not None and (type(read) is not int or read < 1):
             raise ValueError(f"memory.num_read_tokens is {read!r}; it must be a whole number, at least 1, or None")
         if self.gate is not None and self.gate not in GATES:
             raise ValueError(f"memory.gate is {self.gate!r}; it must be one of {', '.join(GATES)}, or None")
+        if self.write_cost and self.gate is None:
+            raise ValueError(f"memory.write_cost is {self.write_cost}; it must be 0 where there is no gate")
+        if not 0 <= self.write_floor < 1:
+            raise ValueError(f"memory.write_floor is {self.write_floor}; it must be at least 0 and below 1")
+        if self.write_floor and self.gate != "binary":
+            raise ValueError(f"memory.write_floor is {self.write_floor}; it must be 0 where the gate is not binary")
         if not self.num_tokens and (read is not None or self.max_past_memories or self.gate):
             raise ValueError("memory.num_tokens is 0; it must be at least 1 where rows are read, retrieved or gated")
 
@@ -59,8 +67,10 @@ class RMTMemory(Memory):
     nothing in training tells whether small errors grow or shrink over more segments than it reaches. Not in published
     RMTs.
 
-    With `gate` the written rows do not replace the memory: gates of Block-Recurrent Transformers decide, number by
-    number, what of the old one stays, which is the memory without noise. Not in published RMTs either.
+    With `gate` the written rows do not replace the memory, which a gate keeps in part, without noise: gates of
+    Block-Recurrent Transformers number by number, a binary one token by token. With `write_cost` the auxiliary loss
+    holds the share of the memory that is written, so many times, which teaches a gate to write only where that is of
+    use. Not in published RMTs either.
 
     On an encoder (arXiv:2304.11062, section 2) the memory stands once, before the text, and what comes out of its rows
     is the new state; the options above are for causal backbones.
@@ -87,7 +97,7 @@ class RMTMemory(Memory):
         self.initial = LearnedRows(config.num_tokens, width, std)
         self.extra = LearnedRows(num_extra, width, std) if num_extra else None
         self.retrieval = Retrieval(width) if retrieves else None
-        self.gate = None if config.gate is None else GATES[config.gate](width)
+        self.gate = _gate(config, width)
 
     def init_state(self, batch_size: int) -> State:
         memory: Tensor = self.initial(batch_size)
@@ -132,7 +142,9 @@ class RMTMemory(Memory):
             return h, state
         text, written = split_rows(h, self.rows_after, segment.lengths)
         if self.gate is not None:
-            written = self.gate(state if self.retrieval is None else state["memory"], written)
+            written, share = self.gate(state if self.retrieval is None else state["memory"], written)
+            if self.config.write_cost:
+                segment.aux.append(self.config.write_cost * share)
         return text, written if self.retrieval is None else {"memory": written, **_remember(state)}
 
 
@@ -140,7 +152,8 @@ class FixedGate(nn.Module):
     """`c g + (W_z h + b_z) (1 - g)` with `g = sigmoid(b_g)`, the same for all rows and segments.
 
     The old memory `c` and the written rows `h`, both (B, M, D), give the new memory number by number (equations 2 and 3
-    of Block-Recurrent Transformers, Hutchins et al. 2022, arXiv:2203.07852, section 3.2).
+    of Block-Recurrent Transformers, Hutchins et al. 2022, arXiv:2203.07852, section 3.2). All gates give the new memory
+    and the share of it that is written, ().
     """
 
     def __init__(self, width: int) -> None:
@@ -148,9 +161,10 @@ class FixedGate(nn.Module):
         self.value = _linear(width)
         self.bias = nn.Parameter(torch.ones(width))
 
-    def forward(self, memory: Tensor, written: Tensor) -> Tensor:
+    def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         value = self.value(written).to(memory.dtype)  # under autocast it may be narrower
-        return torch.lerp(value, memory, torch.sigmoid(self.bias).to(memory.dtype))
+        kept = torch.sigmoid(self.bias).to(memory.dtype)
+        return torch.lerp(value, memory, kept), 1 - kept.mean()
 
 
 class LSTMGate(nn.Module):
@@ -163,17 +177,48 @@ class LSTMGate(nn.Module):
         super().__init__()
         self.value, self.into, self.forget = (_linear(width) for _ in range(3))
 
-    def forward(self, memory: Tensor, written: Tensor) -> Tensor:
+    def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         i, f = torch.sigmoid(self.into(written) - 1), torch.sigmoid(self.forget(written) + 1)
-        return memory * f + torch.tanh(self.value(written)) * i
+        return memory * f + torch.tanh(self.value(written)) * i, i.mean()
 
 
-GATES: dict[str, type[FixedGate | LSTMGate]] = {"fixed": FixedGate, "lstm": LSTMGate}
+class BinaryGate(nn.Module):
+    """`u h + (1 - u) c` with `u` 0 or 1 for each memory token: one that is not written stays as it is, to the bit.
+
+    The binary state update of Skip RNN (Campos et al. 2018, arXiv:1708.06834), there one for the whole state, here
+    decided by what would be written: `p = sigmoid(w h + b + 2)`, so that it writes nearly always at first. In
+    evaluation `u = [p > 0.5]`. In training `u` is drawn, 1 with probability `p + floor (1 - p)`, so that only a sure
+    gate is a good one, and has the gradient of `p` (straight through, Bengio et al. 2013, arXiv:1308.3432). The floor
+    makes a token be written where the gate would not: a model learns to keep what it holds through that too, should a
+    gate err.
+    """
+
+    def __init__(self, width: int, floor: float) -> None:
+        super().__init__()
+        self.update = _linear(width, 1)
+        self.floor = floor
+
+    def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.sigmoid(self.update(written).to(memory.dtype) + 2)  # (B, M, 1)
+        writes = p + self.floor * (1 - p) > torch.rand_like(p) if self.training else p > 0.5
+        new = torch.where(writes, written, memory)
+        return new + (p - p.detach()) * (written - memory).detach(), p.mean()
 
 
-def _linear(width: int) -> nn.Linear:
+GATES = ("fixed", "lstm", "binary")
+
+
+def _gate(config: RMTConfig, width: int) -> FixedGate | LSTMGate | BinaryGate | None:
+    if config.gate == "fixed":
+        return FixedGate(width)
+    if config.gate == "lstm":
+        return LSTMGate(width)
+    return BinaryGate(width, config.write_floor) if config.gate == "binary" else None
+
+
+def _linear(width: int, num_gates: int | None = None) -> nn.Linear:
     """Small weights, so that gates begin near their offsets, as published."""
-    made = nn.Linear(width, width)
+    made = nn.Linear(width, width if num_gates is None else num_gates)
     nn.init.normal_(made.weight, std=(0.1 / width) ** 0.5)
     nn.init.zeros_(made.bias)
     return made

@@ -112,6 +112,8 @@ def test_settings_are_written_out() -> None:
         "max_past_memories": 0,
         "noise": 0.0,
         "gate": None,
+        "write_cost": 0.0,
+        "write_floor": 0.0,
     }
     assert config(memory="rmt").memory == ({**rmt, "num_tokens": 8},)
     assert config(memory=["xl", {"kind": "rmt", "num_tokens": 2}]).memory == (

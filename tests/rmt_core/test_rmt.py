@@ -4,6 +4,7 @@ Axes: B rows, N tokens of a text, M memory tokens, D width.
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -55,6 +56,10 @@ def naive_gate(gate: Any, kind: str | None, memory: Tensor, written: Tensor) -> 
     """arXiv:2203.07852, equations 2 to 7, number by number."""
     if kind is None:
         return written
+    if kind == "binary":  # arXiv:1708.06834, one gate a token; its gradient is that of the probability
+        p = 1 / (1 + torch.exp(-2 - gate.update.bias - written @ gate.update.weight[0]))
+        rows = [new if p[m] > 0.5 else old for m, (old, new) in enumerate(zip(memory, written, strict=True))]
+        return torch.stack(rows) + ((p - p.detach())[:, None] * (written - memory).detach())
     found = torch.empty_like(memory)
     for m, d in itertools.product(range(len(memory)), range(memory.shape[1])):
         old, row = memory[m, d], written[m]
@@ -142,6 +147,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "retrieval, longer than the text": {"max_past_memories": 9},
     "fixed gate": {"gate": "fixed"},
     "lstm gate": {"gate": "lstm", "num_read_tokens": 2},
+    "binary gate": {"gate": "binary"},
     "all": {**OPEN, "num_read_tokens": 4, "max_past_memories": 1, "gate": "lstm"},
 }
 
@@ -239,9 +245,66 @@ def test_a_gate_keeps_of_the_memory_without_noise() -> None:
     assert not close(written, quiet_written)
 
 
+def binary_model(probability: float, **settings: Any) -> RecurrentModel:
+    """One whose gate writes with this probability, whatever the text."""
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, "gate": "binary", **settings}, segment_len=T)
+    with torch.no_grad():
+        model.memory.gate.update.weight.zero_()
+        model.memory.gate.update.bias.fill_(math.log(probability / (1 - probability)) - 2)
+    return model
+
+
+def test_a_binary_gate_writes_a_token_or_leaves_it_as_it_is() -> None:
+    tokens = tokens_like(2, 5 * T)
+    shut, open_ = binary_model(0.49), binary_model(0.51)
+    _, first = shut.step(tokens[:, :T], shut.init_state(2))
+    assert torch.equal(rmt_core.run(shut, tokens, first)[1], first)
+    plain = tiny_model({"kind": "rmt", "num_tokens": 3}, segment_len=T)
+    plain.load_state_dict({name: value for name, value in open_.state_dict().items() if "gate.update" not in name})
+    assert close(rmt_core.run(open_, tokens)[1], rmt_core.run(plain, tokens)[1])
+
+
+@pytest.mark.parametrize(("floor", "wanted"), [(0.0, 0.2), (0.5, 0.6)])
+def test_in_training_a_binary_gate_is_drawn(floor: float, wanted: float) -> None:
+    model = binary_model(0.2, write_floor=floor).train()
+    before = model.init_state(2000)
+    torch.manual_seed(3)
+    _, after = model.step(tokens_like(1, T).expand(2000, -1), before)
+    changed = (after != before).all(-1)
+    assert torch.equal(changed, (after != before).any(-1))  # a token is written as a whole
+    assert (changed.double().mean(0) - wanted).abs().max() < 0.05  # each of three, 2,000 rows: 4 deviations or more
+    assert changed.any(1).double().mean() > 1 - (1 - wanted) ** 3 - 0.05  # drawn apart
+    again = model.step(tokens_like(1, T).expand(2000, -1), before)[1]
+    assert not torch.equal(again, after)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_writing_costs(training: bool) -> None:
+    model = binary_model(0.25, write_cost=0.4).train(training)
+    tokens = tokens_like(2, 3 * T)
+    aux = rmt_core.run(model, tokens)[0].aux
+    assert close(aux, torch.tensor(0.1, dtype=torch.float64))
+    grad = torch.autograd.grad(aux, model.memory.gate.update.bias)[0]
+    assert close(grad, torch.tensor([0.4 * 0.25 * 0.75], dtype=torch.float64))
+    assert rmt_core.run(binary_model(0.25).train(training), tokens)[0].aux == 0
+
+
+@pytest.mark.parametrize("gate", ["fixed", "lstm"])
+def test_other_gates_cost_by_what_they_let_in(gate: str) -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, "gate": gate, "write_cost": 2.0}, segment_len=T)
+    _, state = model.step(tokens_like(2, T), model.init_state(2))
+    seen: list[Tensor] = []
+    model.memory.gate.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    out, _ = model.step(tokens_like(2, T, seed=4), state)
+    module: Any = model.memory.gate
+    share = 1 - torch.sigmoid(module.bias) if gate == "fixed" else torch.sigmoid(module.into(seen[1]) - 1)
+    assert close(out.aux, 2 * share.mean())
+
+
+@pytest.mark.parametrize("drawn", [{"noise": 0.5}, {"gate": "binary", "write_floor": 0.3, "write_cost": 0.5}])
 @pytest.mark.parametrize("mode", ["checkpoint", "replay"])
-def test_noise_is_drawn_again_where_a_segment_is_computed_again(mode: str) -> None:
-    model = tiny_model({"kind": "rmt", "num_tokens": 3, "noise": 0.5}, segment_len=T).train()
+def test_what_is_drawn_is_drawn_again_where_a_segment_is_computed_again(mode: str, drawn: dict[str, Any]) -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, **drawn}, segment_len=T).train()
     tokens = tokens_like(2, 3 * T)
     found = {}
     for way in ("full", mode):
@@ -268,7 +331,15 @@ def test_noise_is_drawn_again_where_a_segment_is_computed_again(mode: str) -> No
             {"num_tokens": 0, "num_read_tokens": 2},
             r"memory\.num_tokens is 0; it must be at least 1 where rows are read",
         ),
-        ({"gate": "gru"}, r"memory\.gate is 'gru'; it must be one of fixed, lstm, or None"),
+        ({"gate": "gru"}, r"memory\.gate is 'gru'; it must be one of fixed, lstm, binary, or None"),
+        ({"write_cost": 0.1}, r"memory\.write_cost is 0\.1; it must be 0 where there is no gate"),
+        ({"gate": "binary", "write_cost": -0.1}, r"memory\.write_cost is -0\.1; it must be at least 0"),
+        ({"gate": "binary", "write_floor": 1.0}, r"memory\.write_floor is 1\.0; it must be at least 0 and below 1"),
+        ({"gate": "binary", "write_floor": float("nan")}, r"memory\.write_floor is nan; it must be at least 0"),
+        (
+            {"gate": "lstm", "write_floor": 0.1},
+            r"memory\.write_floor is 0\.1; it must be 0 where the gate is not binary",
+        ),
         (
             {"num_tokens": 0, "gate": "lstm"},
             r"memory\.num_tokens is 0; it must be at least 1 where rows are read, retrieved or gated",
@@ -283,7 +354,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         tiny_model({"kind": "rmt", **settings})
 
 
-@pytest.mark.parametrize("gate", ["fixed", "lstm"])
+@pytest.mark.parametrize("gate", ["fixed", "lstm", "binary"])
 def test_gates_keep_the_states_type_under_autocast(gate: str) -> None:
     model = tiny_model({"kind": "rmt", "num_tokens": 2, "gate": gate}, segment_len=T).float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -49,6 +49,7 @@ MEMORIES: dict[str, Any] = {
     "rmt-5-read": {"kind": "rmt", "num_tokens": 3, "num_read_tokens": 5},
     "rmt-r": RMT_R,
     "rmt-lstm": {"kind": "rmt", "num_tokens": 3, "gate": "lstm"},
+    "rmt-binary": {"kind": "rmt", "num_tokens": 3, "gate": "binary", "write_cost": 0.1},
     "infinity": INFINITY,
     "xl+infinity": [XL, INFINITY],
 }
