@@ -132,6 +132,12 @@ class CurriculumSettings(Config):
         gt=0,
         description="nats: a stage lasts until the answers' loss is below, and the last until the sum of steps",
     )
+    aux_from: int = Field(
+        default=0,
+        ge=0,
+        description="the stage, from 0 on, from which the memory's auxiliary losses count: what writing costs, say, "
+        "once it is known what to write",
+    )
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "CurriculumSettings":
@@ -141,6 +147,8 @@ class CurriculumSettings(Config):
             )
         if min(self.num_segments) < 1 or min(self.steps) < 1:
             raise ValueError("num_segments and steps must all be at least 1")
+        if self.aux_from >= len(self.steps):
+            raise ValueError(f"aux_from is {self.aux_from}; it must be a stage, from 0 to {len(self.steps) - 1}")
         if self.least_segments > (min(self.num_segments) if self.vary else 1):
             raise ValueError(
                 f"least_segments is {self.least_segments}; it needs vary, and at most the {min(self.num_segments)} "

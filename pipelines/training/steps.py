@@ -74,11 +74,14 @@ class Stepper:
         self.seed = config.seed
         self._wrapped = _Wrapped(engine)
 
-    def step(self, windows: Sequence[Window], state: State, weight: float, *, step: int, rate: float) -> Stepped:
+    def step(
+        self, windows: Sequence[Window], state: State, weight: float, *, step: int, rate: float, with_aux: bool = True
+    ) -> Stepped:
         """Optimiser step number `step` over windows that each row reads one after another, at a learning rate.
 
         Every worker calls it with windows of as many segments. `weight` is that of all workers' labels in all windows:
         workers' shares of the loss then add up to the mean of one large batch, whatever each worker has of it.
+        Auxiliary losses are part of it with `with_aux`.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -89,7 +92,7 @@ class Stepper:
                 number = step * len(windows) + i
                 # Memories that sample draw the same on every worker.
                 generator = torch.Generator().manual_seed(seed_of(self.seed, number))
-                share = self._share(window, weight, len(windows))
+                share = self._share(window, weight, len(windows), with_aux)
                 result = self._go_back(_Work(window, state, share, backward, generator))
                 nats.append(torch.stack(result.nats, dim=1))
                 state = rmt_core.state.detach(result.state)
@@ -100,11 +103,13 @@ class Stepper:
         """Backward passes of a window."""
         return len(segments) if self.gradient.mode == "replay" or self.gradient.exact_depth else 1
 
-    def _share(self, window: Sequence[SegmentBatch], weight: float, num_windows: int) -> Callable[[Unrolled], Tensor]:
+    def _share(
+        self, window: Sequence[SegmentBatch], weight: float, num_windows: int, with_aux: bool
+    ) -> Callable[[Unrolled], Tensor]:
         """A part's share of the loss, times the number of workers, over whom DeepSpeed takes the mean."""
         num_workers = dist.get_world_size()
         of_labels = num_workers / max(weight, 1e-30)
-        of_segment = num_workers * len(window[0].tokens) / (self.batch_size * num_windows * len(window))
+        of_segment = num_workers * len(window[0].tokens) / (self.batch_size * num_windows * len(window)) * with_aux
         return lambda part: part.loss_sum * of_labels + part.aux * (of_segment * len(part.nats))
 
     def _go_back(self, work: _Work) -> Unrolled:

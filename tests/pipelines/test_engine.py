@@ -32,6 +32,10 @@ MODES = {
 ACCUMULATED = {"optimizer": {"accumulation_steps": 2}}
 UNEVEN = {"batch_size": 5}
 OFFLOADED = {"workers": {"offload_optimizer": True}}
+GATED = {
+    "model": {"memory": {"kind": "rmt", "num_tokens": 2, "gate": "lstm", "write_cost": 2.0}},
+    "curriculum": {"aux_from": 1},
+}
 SAMPLING = {"model": {"memory": {"kind": "infinity", "num_basis": 8, "kl_weight": 0.0}}}
 DROPOUT = {"model": {"family": "gpt2", "max_positions": 64, "memory": {"kind": "rmt", "num_tokens": 2}}}
 LORA = {"model": {"train": "lora", "lora": {"rank": 2}}, "optimizer": {"learning_rate": 0.02}}
@@ -45,6 +49,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-uneven-full": (3, "full", UNEVEN),
     "zero2-offload": (2, "replay", OFFLOADED),
     "zero2-sampling": (2, "replay", SAMPLING),
+    "zero2-aux-full": (2, "full", {**GATED, **UNEVEN}),
+    "zero3-aux-replay": (3, "replay", {**GATED, **ACCUMULATED}),
     "zero3-lora-checkpoint": (3, "checkpoint", LORA),
     "zero1-memory": (1, "replay", FROZEN),
 }
@@ -160,7 +166,8 @@ def worker(rank: int, folder: str, cases: dict[str, tuple[int, str, dict[str, An
             assert agreed.wishes == [step == 1, False]
             before = reduced.count
             rate = learning_rate(config.optimizer, step, STEPS)
-            result = stepper.step(windows, state, agreed.weight, step=step, rate=rate)
+            with_aux = stage_at(config.curriculum, step) >= config.curriculum.aux_from
+            result = stepper.step(windows, state, agreed.weight, step=step, rate=rate, with_aux=with_aux)
             state = result.state
             counts[f"{name}-{step}"] = reduced.count - before
         engines.save_portable(Path(folder) / name, engine, model.config, None)
@@ -173,11 +180,11 @@ def worker(rank: int, folder: str, cases: dict[str, tuple[int, str, dict[str, An
 
 
 def window_loss(model: rmt_core.RecurrentModel, config: TrainConfig, segments: Any, state: Any, generator: Any) -> Any:
-    """(sum over labels of weighted nats, the state after the window), from the definition of each mode."""
+    """From the definition of each mode: sum over labels of weighted nats, the state after the window, mean cost."""
     depth = config.gradient.bptt_segments
     if not config.gradient.exact_depth:
         result = model.unroll(segments, state, bptt_segments=depth, generator=generator)
-        return result.loss_sum, result.state
+        return result.loss_sum, result.state, result.aux
     assert depth is not None
     states, total = [state], torch.zeros(())
     for i, segment in enumerate(segments):
@@ -188,7 +195,7 @@ def window_loss(model: rmt_core.RecurrentModel, config: TrainConfig, segments: A
         result = model.unroll([segment], carried)
         total = total + result.loss_sum
         states.append(rmt_core.state.detach(result.state))
-    return total, states[-1]
+    return total, states[-1], torch.zeros(())
 
 
 @functools.cache
@@ -202,15 +209,17 @@ def reference(words: str) -> dict[str, torch.Tensor]:
     state = rmt_core.state.detach(model.init_state(len(everything.lanes)))
     for step in range(STEPS):
         windows = windows_of(config, everything, step)
-        total, weight = torch.zeros(()), 0.0
+        total, costs, weight = torch.zeros(()), torch.zeros(()), 0.0
         for i, window in enumerate(windows):
             generator = torch.Generator().manual_seed(seed_of(config.seed, step * len(windows) + i))
             segments = engines.segments_of(window, torch.device("cpu"))
-            loss, state = window_loss(model, config, segments, rmt_core.state.detach(state), generator)
-            total = total + loss
+            loss, state, cost = window_loss(model, config, segments, rmt_core.state.detach(state), generator)
+            total, costs = total + loss, costs + cost
             weight += float((window.weights * (window.labels != rmt_core.IGNORED)).sum())
         optimizer.zero_grad()
-        (total / weight).backward()
+        if stage_at(config.curriculum, step) < config.curriculum.aux_from:
+            costs = torch.zeros(())
+        (total / weight + costs / len(windows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
