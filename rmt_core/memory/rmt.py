@@ -186,21 +186,23 @@ class BinaryGate(nn.Module):
     """`u h + (1 - u) c` with `u` 0 or 1 for each memory token: one that is not written stays as it is, to the bit.
 
     The binary state update of Skip RNN (Campos et al. 2018, arXiv:1708.06834), there one for the whole state, here
-    decided by what would be written: `p = sigmoid(w h + b + 2)`, so that it writes nearly always at first. In
-    evaluation `u = [p > 0.5]`. In training `u` is drawn, 1 with probability `p + floor (1 - p)`, so that only a sure
-    gate is a good one, and has the gradient of `p` (straight through, Bengio et al. 2013, arXiv:1308.3432). One random
-    number decides for all tokens of a row: drawn apart, unsure tokens would stand in for one another, of which none is
-    written in evaluation. The floor makes memories be written where the gate would not: a model learns to keep what it
-    holds through that too, should a gate err.
+    decided by what would be written and what stands there: `p = sigmoid(w gelu(W [h, c] + b) + a + 2)`, so that it
+    writes nearly always at first. In evaluation `u = [p > 0.5]`. In training `u` is drawn, 1 with probability
+    `p + floor (1 - p)`, so that only a sure gate is a good one, and has the gradient of `p` (straight through, Bengio
+    et al. 2013, arXiv:1308.3432). One random number decides for all tokens of a row: drawn apart, unsure tokens would
+    stand in for one another, of which none is written in evaluation. The floor makes memories be written where the gate
+    would not: a model learns to keep what it holds through that too, should a gate err.
     """
 
     def __init__(self, width: int, floor: float) -> None:
         super().__init__()
+        self.hidden = nn.Linear(2 * width, width)
         self.update = _linear(width, 1)
         self.floor = floor
 
     def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-        p = torch.sigmoid(self.update(written).to(memory.dtype) + 2)  # (B, M, 1)
+        seen = F.gelu(self.hidden(torch.cat([written, memory], dim=-1)))
+        p = torch.sigmoid(self.update(seen).to(memory.dtype) + 2)  # (B, M, 1)
         writes = p + self.floor * (1 - p) > torch.rand_like(p[:, :1]) if self.training else p > 0.5
         new = torch.where(writes, written, memory)
         return new + (p - p.detach()) * (written - memory).detach(), p.mean()

@@ -57,7 +57,9 @@ def naive_gate(gate: Any, kind: str | None, memory: Tensor, written: Tensor) -> 
     if kind is None:
         return written
     if kind == "binary":  # arXiv:1708.06834, one gate a token; its gradient is that of the probability
-        p = 1 / (1 + torch.exp(-2 - gate.update.bias - written @ gate.update.weight[0]))
+        both = torch.cat([written, memory], dim=1) @ gate.hidden.weight.T + gate.hidden.bias
+        both = both * (1 + torch.erf(both / 2**0.5)) / 2
+        p = 1 / (1 + torch.exp(-2 - gate.update.bias - both @ gate.update.weight[0]))
         rows = [new if p[m] > 0.5 else old for m, (old, new) in enumerate(zip(memory, written, strict=True))]
         return torch.stack(rows) + ((p - p.detach())[:, None] * (written - memory).detach())
     found = torch.empty_like(memory)
@@ -260,7 +262,7 @@ def test_a_binary_gate_writes_a_token_or_leaves_it_as_it_is() -> None:
     _, first = shut.step(tokens[:, :T], shut.init_state(2))
     assert torch.equal(rmt_core.run(shut, tokens, first)[1], first)
     plain = tiny_model({"kind": "rmt", "num_tokens": 3}, segment_len=T)
-    plain.load_state_dict({name: value for name, value in open_.state_dict().items() if "gate.update" not in name})
+    plain.load_state_dict({name: value for name, value in open_.state_dict().items() if "memory.gate" not in name})
     assert close(rmt_core.run(open_, tokens)[1], rmt_core.run(plain, tokens)[1])
 
 
