@@ -144,8 +144,13 @@ class RMTMemory(Memory):
         if self.gate is not None:
             written, share = self.gate(state if self.retrieval is None else state["memory"], written)
             if self.config.write_cost:
-                segment.aux.append(self.config.write_cost * share)
+                segment.aux.append(self.config.write_cost * _of_texts(share, segment).mean())
         return text, written if self.retrieval is None else {"memory": written, **_remember(state)}
+
+
+def _of_texts(share: Tensor, segment: Segment) -> Tensor:
+    """The share (B,), 0 in rows without text, which write nothing: a row costs the same in every batch."""
+    return share if segment.lengths is None else share * (segment.lengths > 0)
 
 
 class FixedGate(nn.Module):
@@ -153,7 +158,7 @@ class FixedGate(nn.Module):
 
     The old memory `c` and the written rows `h`, both (B, M, D), give the new memory number by number (equations 2 and 3
     of Block-Recurrent Transformers, Hutchins et al. 2022, arXiv:2203.07852, section 3.2). All gates give the new memory
-    and the share of it that is written, ().
+    and the share of it that is written, (B,).
     """
 
     def __init__(self, width: int) -> None:
@@ -164,7 +169,7 @@ class FixedGate(nn.Module):
     def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         value = self.value(written).to(memory.dtype)  # under autocast it may be narrower
         kept = torch.sigmoid(self.bias).to(memory.dtype)
-        return torch.lerp(value, memory, kept), 1 - kept.mean()
+        return torch.lerp(value, memory, kept), (1 - kept.mean()).expand(len(memory))
 
 
 class LSTMGate(nn.Module):
@@ -179,7 +184,7 @@ class LSTMGate(nn.Module):
 
     def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         i, f = torch.sigmoid(self.into(written) - 1), torch.sigmoid(self.forget(written) + 1)
-        return memory * f + torch.tanh(self.value(written)) * i, i.mean()
+        return memory * f + torch.tanh(self.value(written)) * i, i.mean((1, 2))
 
 
 class BinaryGate(nn.Module):
@@ -205,7 +210,7 @@ class BinaryGate(nn.Module):
         p = torch.sigmoid(self.update(seen).to(memory.dtype) + 2)  # (B, M, 1)
         writes = p + self.floor * (1 - p) > torch.rand_like(p[:, :1]) if self.training else p > 0.5
         new = torch.where(writes, written, memory)
-        return new + (p - p.detach()) * (written - memory).detach(), p.mean()
+        return new + (p - p.detach()) * (written - memory).detach(), p.mean((1, 2))
 
 
 GATES = ("fixed", "lstm", "binary")

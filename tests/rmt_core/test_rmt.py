@@ -291,6 +291,18 @@ def test_writing_costs(training: bool) -> None:
     assert rmt_core.run(binary_model(0.25).train(training), tokens)[0].aux == 0
 
 
+@pytest.mark.parametrize("gate", ["fixed", "lstm", "binary"])
+def test_a_row_costs_the_same_in_every_batch(gate: str) -> None:
+    model = tiny_model({"kind": "rmt", "num_tokens": 3, "gate": gate, "write_cost": 2.0}, segment_len=T)
+    tokens, lengths = tokens_like(3, 3 * T), [3 * T, T + 2, 2 * T]
+    together = rmt_core.run(model, tokens, lengths=torch.tensor(lengths))[0].aux
+    costs = []
+    for row, length in enumerate(lengths):
+        alone = rmt_core.run(model, tokens[row : row + 1, :length])[0].aux  # the mean over the row's own segments
+        costs.append(alone * math.ceil(length / T) / 3)
+    assert close(together, torch.stack(costs).mean())
+
+
 @pytest.mark.parametrize("gate", ["fixed", "lstm"])
 def test_other_gates_cost_by_what_they_let_in(gate: str) -> None:
     model = tiny_model({"kind": "rmt", "num_tokens": 3, "gate": gate, "write_cost": 2.0}, segment_len=T)
