@@ -219,12 +219,12 @@ class CurveLayer(LayerMemory):
 def divergence(variance: Tensor, asking: Tensor) -> Tensor:
     """KL(Normal(mu, variance) || Normal(mu, PRIOR_STD^2)) of variance (B, H, S), meaned over heads and `asking` (B, S).
 
-    A mean over tokens, so that each real token that reads a curve weighs the same and padding weighs nothing; () and 0
-    where nobody reads.
+    The mean over rows, (), of each row's mean over its tokens that read a curve, 0 where it has none: a row costs the
+    same in every batch, and padding nothing.
     """
     ratio = variance / PRIOR_STD**2
     each = 0.5 * (ratio - ratio.log() - 1).mean(1)  # (B, S)
-    return (each * asking).sum() / asking.sum().clamp(min=1)
+    return ((each * asking).sum(1) / asking.sum(1).clamp(min=1)).mean()
 
 
 def histogram(mean: Tensor, variance: Tensor, asking: Tensor) -> Tensor:

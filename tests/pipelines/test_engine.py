@@ -36,7 +36,7 @@ GATED = {
     "model": {"memory": {"kind": "rmt", "num_tokens": 2, "gate": "lstm", "write_cost": 2.0}},
     "curriculum": {"aux_from": 1},
 }
-SAMPLING = {"model": {"memory": {"kind": "infinity", "num_basis": 8, "kl_weight": 0.0}}}
+SAMPLING = {"model": {"memory": {"kind": "infinity", "num_basis": 8, "kl_weight": 1.0}}}
 DROPOUT = {"model": {"family": "gpt2", "max_positions": 64, "memory": {"kind": "rmt", "num_tokens": 2}}}
 LORA = {"model": {"train": "lora", "lora": {"rank": 2}}, "optimizer": {"learning_rate": 0.02}}
 FROZEN = {"model": {"train": "memory"}, "optimizer": {"learning_rate": 0.02}}
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero2-accumulated-full": (2, "full", ACCUMULATED),
     "zero3-uneven-full": (3, "full", UNEVEN),
     "zero2-offload": (2, "replay", OFFLOADED),
-    "zero2-sampling": (2, "replay", SAMPLING),
+    "zero2-sampling": (2, "replay", {**SAMPLING, **UNEVEN}),
     "zero2-aux-full": (2, "full", {**GATED, **UNEVEN}),
     "zero3-aux-replay": (3, "replay", {**GATED, **ACCUMULATED}),
     "zero3-lora-checkpoint": (3, "checkpoint", LORA),
