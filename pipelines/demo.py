@@ -103,7 +103,7 @@ def _stages(output: str, recipe: TrainConfig, *, fast: bool) -> list[Stage]:
     )
     model, held_out = storage.join(train, "model"), str(HELD_OUT)
     size = recipe.segment_len
-    lengths = ",".join(str(size * segments) for segments in ((2, 4) if fast else (2, 4, 8, 16, 32)))
+    lengths = ",".join(str(size * segments) for segments in ((2, 4) if fast else (2, 8, 32, 128)))
     effort = "--num-samples 8 --batch-size 8 --limit-segments 64" if fast else _EFFORT
     if fast:
         held_out = storage.join(output, "held_out.txt")

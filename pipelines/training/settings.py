@@ -134,9 +134,8 @@ class CurriculumSettings(Config):
     )
     aux_from: int = Field(
         default=0,
-        ge=0,
-        description="the stage, from 0 on, from which the memory's auxiliary losses count: what writing costs, say, "
-        "once it is known what to write",
+        description="the stage, from 0 on or from -1 (the last) back, from which the memory's auxiliary losses count: "
+        "what writing costs, say, once it is known what to write",
     )
 
     @pydantic.model_validator(mode="after")
@@ -147,14 +146,22 @@ class CurriculumSettings(Config):
             )
         if min(self.num_segments) < 1 or min(self.steps) < 1:
             raise ValueError("num_segments and steps must all be at least 1")
-        if self.aux_from >= len(self.steps):
-            raise ValueError(f"aux_from is {self.aux_from}; it must be a stage, from 0 to {len(self.steps) - 1}")
+        if not -len(self.steps) <= self.aux_from < len(self.steps):
+            raise ValueError(
+                f"aux_from is {self.aux_from}; it must be a stage, from 0 to {len(self.steps) - 1}, or from -1, the "
+                f"last, back to -{len(self.steps)}"
+            )
         if self.least_segments > (min(self.num_segments) if self.vary else 1):
             raise ValueError(
                 f"least_segments is {self.least_segments}; it needs vary, and at most the {min(self.num_segments)} "
                 "segments of the shortest stage"
             )
         return self
+
+    @property
+    def aux_stage(self) -> int:
+        """The first stage, from 0 on, with auxiliary losses."""
+        return self.aux_from % len(self.steps)
 
     @property
     def shortest(self) -> int:

@@ -299,7 +299,7 @@ class Run:
         agreed = agree(windows, wishes, self.engine.device)
         rate = learning_rate(self.config.optimizer, self.step, self.config.num_steps)
         self.instruments.before_step(self.step)
-        with_aux = self.stage >= self.config.curriculum.aux_from
+        with_aux = self.stage >= self.config.curriculum.aux_stage
         result = self.stepper.step(windows, self.state, agreed.weight, step=self.step, rate=rate, with_aux=with_aux)
         self.instruments.after_step(self.step, windows, self.state, result.state)
         self.state, self.num_segments = result.state, windows[-1].tokens.shape[1]

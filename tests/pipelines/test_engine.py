@@ -34,7 +34,7 @@ UNEVEN = {"batch_size": 5}
 OFFLOADED = {"workers": {"offload_optimizer": True}}
 GATED = {
     "model": {"memory": {"kind": "rmt", "num_tokens": 2, "gate": "lstm", "write_cost": 2.0}},
-    "curriculum": {"aux_from": 1},
+    "curriculum": {"aux_from": -1},
 }
 SAMPLING = {"model": {"memory": {"kind": "infinity", "num_basis": 8, "kl_weight": 1.0}}}
 DROPOUT = {"model": {"family": "gpt2", "max_positions": 64, "memory": {"kind": "rmt", "num_tokens": 2}}}
@@ -97,6 +97,12 @@ def settings(zero_stage: int, mode: str, changes: dict[str, Any]) -> TrainConfig
     }
     base["model"]["memory"] = changes.get("model", {}).get("memory", {"kind": "rmt", "num_tokens": 2})  # type: ignore[index]
     return build(TrainConfig, merged(base, changes))
+
+
+def aux_counts(config: TrainConfig, step: int) -> bool:
+    """Whether auxiliary losses are part of the step's loss."""
+    stages = range(len(config.curriculum.steps))
+    return stage_at(config.curriculum, step) >= stages[config.curriculum.aux_from]
 
 
 books = functools.cache(BookStore)
@@ -166,7 +172,7 @@ def worker(rank: int, folder: str, cases: dict[str, tuple[int, str, dict[str, An
             assert agreed.wishes == [step == 1, False]
             before = reduced.count
             rate = learning_rate(config.optimizer, step, STEPS)
-            with_aux = stage_at(config.curriculum, step) >= config.curriculum.aux_from
+            with_aux = aux_counts(config, step)
             result = stepper.step(windows, state, agreed.weight, step=step, rate=rate, with_aux=with_aux)
             state = result.state
             counts[f"{name}-{step}"] = reduced.count - before
@@ -217,7 +223,7 @@ def reference(words: str) -> dict[str, torch.Tensor]:
             total, costs = total + loss, costs + cost
             weight += float((window.weights * (window.labels != rmt_core.IGNORED)).sum())
         optimizer.zero_grad()
-        if stage_at(config.curriculum, step) < config.curriculum.aux_from:
+        if not aux_counts(config, step):
             costs = torch.zeros(())
         (total / weight + costs / len(windows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)

@@ -43,7 +43,8 @@ def test_a_recipe_in_a_file_is_the_same_as_on_the_command_line(
     (tmp_path / "mine.yaml").write_text(MINE)
     words = [
         *["tiny", "--batch-size", "4", "--segment-len", "32", "dataset.task_fraction", "0.5"],
-        *["dataset.piece_segments", "none"],
+        *["dataset.piece_segments", "none", "optimizer.beta2", "0.95", "curriculum.aux_from", "0"],
+        *["model.memory", '{"kind": "rmt", "num_tokens": 4}'],
         *["dataset.task_answer_weight", "30", "curriculum.advance_below", "none", "optimizer.learning_rate", "0.001"],
         *["curriculum.num_segments", "3", "4", "curriculum.steps", "1", "2", "curriculum.least_segments", "2"],
         *["dataset.tasks", "detect", '{"task": "reason", "weight": 2, "background": "noise", "depths": [0, 0.5]}'],

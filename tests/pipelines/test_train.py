@@ -189,16 +189,17 @@ def test_lines_by_which_a_stage_is_judged_are_part_of_the_run(tmp_path: Path) ->
 
 
 def test_auxiliary_losses_count_from_their_stage_on(local_ray: None, tmp_path: Path) -> None:
-    def losses(cost: float) -> list[float]:
+    def losses(cost: float, aux_from: int = 1) -> list[float]:
         memory = {"kind": "rmt", "num_tokens": 2, "gate": "lstm", "write_cost": cost}
-        curriculum = {"num_segments": [2, 2], "steps": [3, 3], "vary": False, "aux_from": 1}
-        run, model = tmp_path / str(cost), SMALL["model"] | {"memory": memory}  # type: ignore[operator]
+        curriculum = {"num_segments": [2, 2], "steps": [3, 3], "vary": False, "aux_from": aux_from}
+        run, model = tmp_path / f"{cost}{aux_from}", SMALL["model"] | {"memory": memory}  # type: ignore[operator]
         train.train(config(run, model=model, curriculum=curriculum, report={"log_every": 1}))
         return [line["loss"] for line in lines(run)]
 
     free, costly = losses(0.0), losses(20.0)
     assert free[:4] == costly[:4]  # the fourth step's loss is of weights that three steps have changed
     assert free[4] != costly[4]
+    assert losses(20.0, aux_from=-1) == costly
 
 
 @pytest.mark.parametrize("below", ["", "/run", "/runs/run"])
@@ -561,7 +562,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["dataset.tasks", "reason", "dataset.task_fraction", "0.01", "curriculum.advance_below=none"], "is no row"),
         (["dataset.tasks", "capacity_64", "curriculum.num_segments", "4", "curriculum.steps", "5"], "of capacity_64 ("),
         (["curriculum.least_segments", "2"], "at most the 1 segments"),
-        (["curriculum.aux_from", "6"], "aux_from is 6; it must be a stage, from 0 to 5"),
+        (["curriculum.aux_from", "7"], "aux_from is 7; it must be a stage, from 0 to 6, or from -1"),
+        (["curriculum.aux_from", "-8"], "aux_from is -8; it must be a stage"),
         (["mine.yaml"], "mine.yaml: there is no such file"),
         (["--seeds", "2", "--resume", "runs/a/checkpoint_1"], "where seeds is more than 1"),
         (["--data", "nowhere"], "nowhere"),
