@@ -121,6 +121,12 @@ def parse(
     return build(config_class, values), dry_run
 
 
+def is_given(name: str, config_class: type[Config], argv: Sequence[str]) -> bool:
+    """Whether a command line names the field (dotted), in whichever way. InputError for what it cannot name."""
+    words = _canonical(argv, _fields(config_class))
+    return any(word.partition("=")[0] == f"--{name}" for word in words)
+
+
 def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """The configuration with these (nested) values; InputError, in one line, names every wrong field."""
     try:

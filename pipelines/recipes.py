@@ -85,14 +85,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def find_recipe(name: str) -> Mapping[str, Any]:
-    """The recipe of a name, or in a YAML file (.yaml, .yml; on disk or s3://). InputError where there is none."""
+def find_recipe(name: str, *, trained: bool = False) -> Mapping[str, Any]:
+    """The recipe of a name, or in a YAML file (.yaml, .yml; on disk or s3://). InputError where there is none.
+
+    The memory that a named recipe has is for new models: one that is `trained` keeps its own.
+    """
     if not name.endswith((".yaml", ".yml")):
         if name not in RECIPES:
             near = difflib.get_close_matches(name, RECIPES, 1)
             hint = f"did you mean {near[0]}?" if near else f"recipes are {', '.join(RECIPES)}, or a .yaml file"
             raise InputError(f"unknown recipe {name!r}; {hint}")
-        return RECIPES[name]
+        recipe = RECIPES[name]
+        return {**recipe, "model": _without_memory(recipe.get("model", {}))} if trained else recipe
     uri = storage.absolute(name)
     if not storage.exists(uri) or storage.is_directory(uri):
         raise InputError(f"recipe {name}: there is no such file")
@@ -106,3 +110,7 @@ def find_recipe(name: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"recipe {name} holds no settings; write them as section: {{field: value}}")
     return content
+
+
+def _without_memory(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in model.items() if name != "memory"}

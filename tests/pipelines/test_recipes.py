@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+import rmt_core
 from pipelines import train
 from pipelines.config import build
+from pipelines.data.tokenise import ByteTokenizer
 from pipelines.recipes import RECIPES, find_recipe
 from pipelines.training.settings import TrainConfig
+from tests.rmt_core.tiny import RMT, tiny_model
 
 MINE = """
 batch_size: 4
@@ -56,6 +59,24 @@ def test_a_recipe_in_a_file_is_the_same_as_on_the_command_line(
     assert found[0] == found[1]
     assert [task["task"] for task in found[0]["dataset"]["tasks"]] == ["detect", "reason"]
     assert found[0]["plan"]["num_lanes"] == {"documents": 2, "tasks": 2}
+
+
+@pytest.mark.parametrize("start", [["--model.start", "{}"], ["model.start={}"], ["--model.start={}"]])
+@pytest.mark.parametrize("recipe", [[], ["detect"]])
+def test_a_trained_model_keeps_its_memory_in_a_named_recipe(
+    recipe: list[str], start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = ByteTokenizer()
+    trained = tiny_model(RMT, segment_len=24, vocab_size=tokenizer.vocab_size)
+    rmt_core.save(tmp_path / "model", trained, tokenizer)
+    words = [*recipe, *(word.format(tmp_path / "model") for word in start)]
+    words += ["--dry-run", "--output", str(tmp_path / "run")]
+    assert train.main(words) == 0
+    kept = json.loads(capsys.readouterr().out)
+    assert kept["model"]["memory"] is None
+    noisy = RMT | {"noise": 0.5}
+    assert train.main([*words, "--model.memory", json.dumps(noisy)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["memory"] == noisy
 
 
 @pytest.mark.parametrize(
