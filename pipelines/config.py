@@ -121,10 +121,16 @@ def parse(
     return build(config_class, values), dry_run
 
 
-def is_given(name: str, config_class: type[Config], argv: Sequence[str]) -> bool:
-    """Whether a command line names the field (dotted), in whichever way. InputError for what it cannot name."""
-    words = _canonical(argv, _fields(config_class))
-    return any(word.partition("=")[0] == f"--{name}" for word in words)
+def given(name: str, config_class: type[Config], argv: Sequence[str]) -> Any:
+    """What a command line gives for a field (dotted) of one value; None: nothing. InputError for unknown options."""
+    fields = _fields(config_class)
+    words = _canonical(argv, fields)
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        head, equals, value = word.partition("=")
+        if head == f"--{name}":
+            found = value if equals else following
+    return None if found is None else _value(found, fields[name].annotation)
 
 
 def build(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

@@ -12,8 +12,8 @@ from pipelines.config import InputError
 
 # A memory that is written only where there is something to write (docs/results/lasting.md).
 LASTING = {"kind": "rmt", "num_tokens": 4, "gate": "binary", "write_cost": 0.03, "write_floor": 0.05}
-# Where nearly all answers are right gradients are tiny, and the next wrong one is a giant step if Adam has forgotten
-# what they were before: with 0.95 two runs of five lost all that they had learned so.
+# Where nearly all answers are right gradients are tiny, and the next wrong one is a large step if Adam has forgotten
+# what they were before: with 0.95 two runs of five did not learn again what they lost so (docs/results/detect.md).
 LONG_BETA2 = 0.999
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {

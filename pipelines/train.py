@@ -38,7 +38,7 @@ import rmt_core
 from pipelines import storage
 from pipelines.claim import claimed
 from pipelines.cluster import connect, has_cluster, pool
-from pipelines.config import InputError, build, is_given
+from pipelines.config import InputError, build, given
 from pipelines.data.mixture import Store
 from pipelines.data.tokenise import Tokenizer
 from pipelines.extras import require_extra
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = bool(words) and (words[0].isidentifier() or words[0].endswith((".yaml", ".yml")))
     try:
         name = words.pop(0) if named else "tiny"
-        recipe = find_recipe(name, trained=is_given("model.start", TrainConfig, words))
+        recipe = find_recipe(name, trained=given("model.start", TrainConfig, words) is not None)
         build(TrainConfig, recipe)
     except InputError as error:
         print(f"train: error: {' '.join(str(error).split())}", file=sys.stderr)

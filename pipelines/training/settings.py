@@ -135,7 +135,7 @@ class CurriculumSettings(Config):
     aux_from: int = Field(
         default=0,
         description="the stage, from 0 on or from -1 (the last) back, from which the memory's auxiliary losses count: "
-        "what writing costs, say, once it is known what to write",
+        "what writing costs, say, once it is known what to write; with advance_below a late stage may not come",
     )
 
     @pydantic.model_validator(mode="after")

@@ -11,7 +11,7 @@ import rmt_core
 from pipelines import train
 from pipelines.config import build
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.recipes import RECIPES, find_recipe
+from pipelines.recipes import LASTING, RECIPES, find_recipe
 from pipelines.training.settings import TrainConfig
 from tests.rmt_core.tiny import RMT, tiny_model
 
@@ -74,9 +74,21 @@ def test_a_trained_model_keeps_its_memory_in_a_named_recipe(
     assert train.main(words) == 0
     kept = json.loads(capsys.readouterr().out)
     assert kept["model"]["memory"] is None
+    (tmp_path / "mine.yaml").write_text("model: {memory: {kind: rmt, num_tokens: 3, noise: 0.25}}")
+    if not recipe:  # in a file of one's own a memory is meant for what it is given with
+        assert train.main([str(tmp_path / "mine.yaml"), *words]) == 0
+        assert json.loads(capsys.readouterr().out)["model"]["memory"]["noise"] == 0.25
     noisy = RMT | {"noise": 0.5}
     assert train.main([*words, "--model.memory", json.dumps(noisy)]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["memory"] == noisy
+
+
+@pytest.mark.parametrize("start", [["--model.start", "none"], ["model.start=null"]])
+def test_where_no_trained_model_is_given_a_named_recipe_has_its_memory(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["detect", *start, "--dry-run", "--output", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["memory"] == LASTING
 
 
 @pytest.mark.parametrize(
