@@ -74,7 +74,7 @@ def test_a_trained_model_keeps_its_memory_in_a_named_recipe(
     assert train.main(words) == 0
     kept = json.loads(capsys.readouterr().out)
     assert kept["model"]["memory"] is None
-    (tmp_path / "mine.yaml").write_text("model: {memory: {kind: rmt, num_tokens: 3, noise: 0.25}}")
+    (tmp_path / "mine.yaml").write_text(MINE + "model: {memory: {kind: rmt, num_tokens: 3, noise: 0.25}}\n")
     if not recipe:  # in a file of one's own a memory is meant for what it is given with
         assert train.main([str(tmp_path / "mine.yaml"), *words]) == 0
         assert json.loads(capsys.readouterr().out)["model"]["memory"]["noise"] == 0.25
