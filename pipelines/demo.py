@@ -37,7 +37,7 @@ FOLDER = Path(__file__).resolve().parent
 HELD_OUT = FOLDER / "books" / "heldout" / "persuasion.txt"
 
 _MEMORIES = ("true", "zeroed", "shuffled")
-_EFFORT = "--num-samples 128 --batch-size 32 --limit-segments 2048"  # of evaluate: about 20 s on two cores
+_EFFORT = "--num-samples 128 --batch-size 32 --limit-segments 2048"  # of evaluate: about half a minute on two cores
 _FAST_STEPS = "curriculum.num_segments 1 2 curriculum.steps 2 2 curriculum.advance_below none report.log_every 2"
 _FAST_BYTES = 4096  # of the held-out book
 
