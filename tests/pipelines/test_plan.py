@@ -46,7 +46,7 @@ def test_the_plan_is_that_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plan["num_tokens_per_epoch"] == num_tokens
     assert plan["num_segments"] == 4 * per_lane
     assert plan["num_epochs"] == pytest.approx(3 * per_lane / plan["num_segments_per_epoch"])
-    assert plan["num_parameters"] == plan["num_trained_parameters"] == 115_392
+    assert plan["num_parameters"] == plan["num_trained_parameters"] == 123_713
     assert 0 <= plan["padding_fraction"]["lanes"] < 0.1
     assert plan["device_hours"] == pytest.approx(plan["num_tokens"] / 100 / 3600)
     assert plan["num_nodes_with_storage"] == 1
@@ -121,7 +121,7 @@ def test_memory_is_told_for_every_stage_and_falls_with_it(tmp_path: Path, capsys
 
 def test_a_part_trained_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(["model.train", "memory"], tmp_path, capsys)
-    assert plan["num_trained_parameters"] == 4 * 64
+    assert plan["num_trained_parameters"] == 4 * 64 + (2 * 64 + 1) * 64 + 64 + 1  # the memory at first, its gate
 
 
 @pytest.mark.parametrize(
