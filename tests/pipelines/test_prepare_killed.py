@@ -1,5 +1,6 @@
 """prepare, killed for real: the driver, then a worker. The same command completes it, the same to the byte."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -66,13 +67,15 @@ def wait_until(process: "subprocess.Popen[str]", done: Callable[[], bool]) -> No
 def kill_with_its_ray(process: "subprocess.Popen[str]") -> None:
     """SIGKILL to the driver alone; Ray's workers end by themselves, its agents later."""
     ray = psutil.Process(process.pid).children(recursive=True)
+    agents = [child for child in ray if "Agent" in child.name()]
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(ray, timeout=20)
+    _, alive = psutil.wait_procs([child for child in ray if child not in agents], timeout=60)
     names = [child.name() for child in alive]
-    for child in alive:
-        child.kill()
-    assert all("Agent" in name for name in names)
+    for child in (*alive, *agents):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert not names
 
 
 def kill_a_worker(process: "subprocess.Popen[str]") -> None:
