@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -126,7 +127,7 @@ def given(name: str, config_class: type[Config], argv: Sequence[str]) -> Any:
     fields = _fields(config_class)
     words = _canonical(argv, fields)
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         head, equals, value = word.partition("=")
         if head == f"--{name}":
             found = value if equals else following

@@ -15,6 +15,7 @@ from pipelines.config import (
     StrictError,
     build,
     fingerprint,
+    given,
     parse,
     parse_count,
     split_commas,
@@ -98,6 +99,20 @@ def test_a_positional_may_go_without_its_name() -> None:
     for argv, recipe in (([], "default"), (["tiny"], "tiny"), (["tiny", "--steps", "3"], "tiny")):
         config, _ = parse(Named, argv, prog="job", description="", positional="recipe")
         assert config.recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        ([], None),
+        (["--input", "a"], None),
+        (["--segment-len", "4"], "4"),
+        (["--input", "a", "segment_len=4"], "4"),
+        (["--segment-len"], ""),
+    ],
+)
+def test_what_a_command_line_gives_for_one_field(argv: list[str], found: str | None) -> None:
+    assert given("segment_len", Job, argv) == found
 
 
 def test_an_unknown_option_names_the_nearest() -> None:

@@ -34,6 +34,19 @@ def test_a_recipe_is_a_configuration(name: str) -> None:
     assert build(TrainConfig, find_recipe(name)).num_steps > 0
 
 
+@pytest.mark.parametrize("words", [[], ["tiny"]])
+def test_a_recipe_needs_no_settings(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_fit", lambda config: {"loss": float(config.seed)})
+    monkeypatch.setattr(train, "publish", lambda config: "model")
+    monkeypatch.setattr(train, "_connected", contextlib.nullcontext)
+    monkeypatch.setattr(train, "check_storage", lambda *_: 1)
+    assert train.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == 0
+
+
 def test_documents_are_followed_whole_but_where_a_recipe_says_otherwise() -> None:
     pieces = {name: build(TrainConfig, recipe).dataset.piece_segments for name, recipe in RECIPES.items()}
     assert pieces == dict.fromkeys(RECIPES) | {"tiny": 64}
