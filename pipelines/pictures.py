@@ -1,11 +1,13 @@
-"""Draw what a model's memory holds over time and how its attention reads, writes and processes it.
+"""Draw what a model's memory holds, how attention reads, writes and processes it, and where a gate lets it be written.
 
     python pipelines/pictures.py --model DIR --task detect --background noise --length 4k --output DIR
 
-Texts of the task begin with their facts. slots.png and slots.md (memories rmt and memformer): what each memory token
-or slot keeps, how it moves, and how well the fact can be read from it. attention.png, attention_by_layer.png and
-attention.md (memories that are rows among the text's): where attention goes in the segment that asks. Earlier pictures
-in the same directory are replaced.
+Texts of the task begin with their facts, but for the last. slots.png and slots.md (memories rmt and memformer): what
+each memory token or slot keeps, how it moves, and how well the fact can be read from it. attention.png,
+attention_by_layer.png and attention.md (memories that are rows among the text's): where attention goes in the segment
+that asks. writes.png and writes.md (rmt with a binary gate): which segments write the memory of texts whose facts stand
+anywhere, and how answers fare where others than those of the facts do. Earlier pictures in the same directory are
+replaced.
 """
 
 import sys
@@ -28,29 +30,31 @@ from pipelines.config import Config, Count, InputError, as_command, split_commas
 from pipelines.data.tokenise import Tokenizer
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
-from pipelines.tasks import TASKS, attention, slots, slots_picture
+from pipelines.tasks import TASKS, attention, slots, slots_picture, writes, writes_picture
 from pipelines.tasks.base import MAX_LENGTH, device_of, segments
 from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import in_background
 from pipelines.tasks.running import load
 from pipelines.tasks.samples import Wanted, segment_start
 from pipelines.tasks.slots_picture import Shown
-from pipelines.tasks.texts import cut, noise, prose
+from pipelines.tasks.texts import Background, cut, noise, prose
 from rmt_core import RecurrentModel
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.pictures")
 
 SLOTS = SLOTS_PLOT, SLOTS_TABLE = "slots.png", "slots.md"
 ATTENTION = MAPS, BY_LAYER, ATTENTION_TABLE = "attention.png", "attention_by_layer.png", "attention.md"
-OWN_NAMES = (*SLOTS, *ATTENTION)
+WRITES = WRITES_PLOT, WRITES_TABLE = "writes.png", "writes.md"
+TABLES = (SLOTS_TABLE, ATTENTION_TABLE, WRITES_TABLE)
+OWN_NAMES = (*SLOTS, *ATTENTION, *WRITES)
 _READ_OTHERWISE = "armt is read through associations, not by attention"
 
 
 class PicturesConfig(Config):
     model: str = pydantic.Field(description="directory of a trained model, on disk or s3://")
     output: str = pydantic.Field(description="directory of the pictures and tables, on disk or s3://")
-    pictures: Annotated[list[Literal["slots", "attention"]], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
-        [], description="what to draw: slots, attention (none: what the model's memory allows)"
+    pictures: Annotated[list[Literal["slots", "attention", "writes"]], pydantic.BeforeValidator(split_commas)] = (
+        pydantic.Field([], description="what to draw: slots, attention, writes (none: what the model's memory allows)")
     )
     task: str = pydantic.Field("detect", description="task whose texts are read, with facts at chosen depths")
     length: Count = pydantic.Field(4096, ge=1, le=MAX_LENGTH, description="length of the texts in tokens (4k, 64k, 1m)")
@@ -98,9 +102,11 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
         files |= _slots(config, model, texts, about)
     if "attention" in chosen:
         files |= _attention(config, model, texts, about)
+    if "writes" in chosen:
+        files |= _writes(config, model, tokenizer, about)
     end = _about_model(config, model, about).encode()
     for name, data in files.items():
-        storage.write_bytes(storage.join(output, name), data + end if name in (SLOTS_TABLE, ATTENTION_TABLE) else data)
+        storage.write_bytes(storage.join(output, name), data + end if name in TABLES else data)
     for name in [name for name in storage.list_names(output) if name in OWN_NAMES and name not in files]:
         log.info("%s of earlier pictures is deleted", storage.join(output, name))
         storage.delete(storage.join(output, name))
@@ -116,12 +122,12 @@ def _about_model(config: PicturesConfig, model: RecurrentModel, about: str) -> s
 def _chosen(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts) -> list[str]:
     """What is drawn. InputError where the memory or the texts do not allow what was asked for, or anything."""
     refusals = {}
-    for name, check in (("slots", _check_slots), ("attention", _check_attention)):
+    for name, check in (("slots", _check_slots), ("attention", _check_attention), ("writes", _check_writes)):
         try:
             check(model, texts)
         except InputError as error:
             refusals[name] = str(error)
-    wanted = list(config.pictures) or ["slots", "attention"]
+    wanted = list(config.pictures) or ["slots", "attention", "writes"]
     refused = [refusals[name] for name in wanted if name in refusals]
     if refused and (config.pictures or len(refused) == len(wanted)):
         raise InputError("; ".join(refused))
@@ -143,9 +149,17 @@ def _check_attention(model: RecurrentModel, texts: slots.Texts) -> None:
         raise InputError(f"attention: memory {kinds} has no rows to read or write; use rmt or armt")
 
 
+def _check_writes(model: RecurrentModel, texts: slots.Texts) -> None:
+    writes.check(model)
+
+
+def _background(config: PicturesConfig, tokenizer: Tokenizer) -> Background:
+    return noise(tokenizer) if config.background == "noise" else prose(open_held_out(config.data, tokenizer))
+
+
 def _texts(config: PicturesConfig, model: RecurrentModel, tokenizer: Tokenizer) -> slots.Texts:
-    background = noise(tokenizer) if config.background == "noise" else prose(open_held_out(config.data, tokenizer))
     wanted = Wanted(config.length, model.segment_len)
+    background = _background(config, tokenizer)
     return slots.make_texts(config.task, tokenizer, background, wanted, config.num_texts, config.seed)
 
 
@@ -156,6 +170,17 @@ def _slots(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, ab
     return {
         SLOTS_PLOT: slots_picture.plot(trace, found, shown),
         SLOTS_TABLE: slots_picture.table(trace, found, shown).encode(),
+    }
+
+
+def _writes(config: PicturesConfig, model: RecurrentModel, tokenizer: Tokenizer, about: str) -> dict[str, bytes]:
+    wanted = Wanted(config.length, model.segment_len)
+    background = _background(config, tokenizer)
+    told = writes.make_texts(config.task, tokenizer, background, wanted, config.num_texts, config.seed)
+    found = writes.record(model, told, tokenizer, config.batch_size)
+    return {
+        WRITES_PLOT: writes_picture.plot(found, f"{about}: where the memory is written"),
+        WRITES_TABLE: writes_picture.table(found).encode(),
     }
 
 

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer
-from pipelines.tasks import TASKS
+from pipelines.tasks import placed
 from pipelines.tasks.base import batch_sizes, device_of, segments
-from pipelines.tasks.questions import QuestionTask
-from pipelines.tasks.samples import Sample, Scene, TooShortError, Wanted
-from pipelines.tasks.texts import Background, Stream
+from pipelines.tasks.samples import Sample, Scene, Wanted
+from pipelines.tasks.texts import Background
 from rmt_core import RecurrentModel
 
 KINDS = ("rmt", "memformer")  # whose state is one vector a token or slot
@@ -36,7 +35,6 @@ KINDS = ("rmt", "memformer")  # whose state is one vector a token or slot
 _MAX_COLUMNS = 256  # of a heat map
 _NUM_FOLDS = 4
 _RIDGE = 1.0  # on tokens with mean 0 and variance 1
-_PROBE = 64  # tokens that tell where the background begins
 
 
 class Texts(NamedTuple):
@@ -81,21 +79,13 @@ def make_texts(
     task: str, tokenizer: Tokenizer, background: Background, wanted: Wanted, num: int, seed: int = 0
 ) -> Texts:
     """`num` texts of the wanted length with the facts at their start. InputError where the task cannot."""
-    maker = TASKS.get(task)
-    if not isinstance(maker, QuestionTask) or "depths" not in maker.settings:
-        placed = ", ".join(name for name, one in TASKS.items() if "depths" in one.settings)
-        raise InputError(f"--task {task}: its facts cannot be put at the start of a text; use {placed}")
     scene = Scene(tokenizer, background)
-    try:
-        samples = [_draw(maker, scene, wanted._replace(depth=0.0), seed, i) for i in range(num)]
-        later = [_draw(maker, scene, wanted._replace(depth=1.0), seed, i) for i in range(num)]
-    except TooShortError as error:
-        raise InputError(
-            f"{task} at length {wanted.length}: facts, questions and answers need at least {error.need} tokens"
-        ) from error
+    samples, later = (
+        [placed.draw(task, scene, wanted._replace(depth=depth), seed, i) for i in range(num)] for depth in (0.0, 1.0)
+    )
     answers = [tuple(sample.answers[0].tokens.tolist()) for sample in samples]
     known = {answer: number for number, answer in enumerate(sorted(set(answers)))}
-    most = max(_fact_tokens(first.stream, second.stream) for first, second in zip(samples, later, strict=True))
+    most = max(len(placed.facts_of(first.stream, second.stream)) for first, second in zip(samples, later, strict=True))
     return Texts(samples, np.array([known[answer] for answer in answers]), most)
 
 
@@ -107,30 +97,6 @@ def check_facts(texts: Texts) -> None:
             f"slots: of {num} texts {num_unseen} have a fact that none of the others has, which cannot be read out; "
             "use more --num-texts, or a --task that asks for few different answers, such as detect"
         )
-
-
-def _draw(task: QuestionTask, scene: Scene, wanted: Wanted, seed: int, index: int) -> Sample:
-    return task.make(scene, wanted, np.random.default_rng((seed, index)))
-
-
-def _fact_tokens(early: Stream, late: Stream) -> int:
-    """How many tokens come before the background where facts stand first: `late` begins with that background."""
-    background = _head(late, _PROBE)
-    text = _head(early, 2**12)
-    for num in range(len(text) - len(background) + 1):
-        if np.array_equal(text[num : num + len(background)], background):
-            return num
-    raise InputError("slots: the text is too short to tell facts and background apart; use a longer --length")
-
-
-def _head(stream: Stream, num: int) -> np.ndarray:
-    """The first tokens of a text."""
-    found: list[np.ndarray] = []
-    for block in stream():
-        found.append(block)
-        if sum(map(len, found)) >= num:
-            break
-    return np.concatenate(found)[:num]
 
 
 # --- recording --------------------------------------------------------------------------------------

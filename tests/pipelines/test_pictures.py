@@ -14,7 +14,15 @@ from ..rmt_core.tiny import ARMT, MEMFORMER, RMT, XL, tiny_model
 
 SLOTS = ["slots.png", "slots.md"]
 ATTENTION = ["attention.png", "attention_by_layer.png", "attention.md"]
-MEMORIES: dict[str, Any] = {"rmt": RMT, "memformer": MEMFORMER, "armt": ARMT, "xl": XL, "none": "none"}
+WRITES = ["writes.png", "writes.md"]
+MEMORIES: dict[str, Any] = {
+    "rmt": RMT,
+    "gated": {**RMT, "gate": "binary"},
+    "memformer": MEMFORMER,
+    "armt": ARMT,
+    "xl": XL,
+    "none": "none",
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +38,10 @@ def words(models: Path, memory: str, output: Path, *more: str) -> list[str]:
     return ["--model", str(models / memory), "--output", str(output), *settings.split(), *more]
 
 
-@pytest.mark.parametrize(("memory", "files"), [("rmt", SLOTS + ATTENTION), ("memformer", SLOTS), ("armt", ATTENTION)])
+@pytest.mark.parametrize(
+    ("memory", "files"),
+    [("gated", SLOTS + ATTENTION + WRITES), ("rmt", SLOTS + ATTENTION), ("memformer", SLOTS), ("armt", ATTENTION)],
+)
 def test_what_a_memory_allows_is_drawn(
     memory: str, files: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +57,7 @@ def test_what_a_memory_allows_is_drawn(
             settings = "--length 100 --background noise --num-texts 32 --batch-size 4"
             assert page.endswith(f"pictures.py --model {models / memory} --output DIR {settings}\n")
             assert ("armt is read through associations, not by attention" in page) == (memory == "armt")
-    assert ("left out" in err) == (len(files) < 5)
+    assert ("left out" in err) == (len(files) < 7)
 
 
 def test_texts_of_a_tasks_own_are_in_no_background(models: Path, tmp_path: Path) -> None:
@@ -141,6 +152,7 @@ def test_facts_that_all_differ_have_no_read_out(
         ("none", "", ["slots: memory none is not one vector", "attention: memory none has no rows to read or write"]),
         ("memformer", "--pictures attention", ["attention: memory memformer is not rows among"]),
         ("armt", "--pictures slots,attention", ["slots: memory armt is not one vector a token or slot"]),
+        ("rmt", "--pictures writes", ["writes: memory rmt has no binary gate; use rmt alone with"]),
         ("rmt", "--task memorise", ["--task memorise", "use recall, detect"]),
         ("rmt", "--length 30", ["use a longer --length"]),
         ("rmt", "--pictures slot", ["--pictures", "slot"]),

@@ -128,8 +128,8 @@ def test_memories_that_are_not_rows_of_vectors_are_refused(memory: Any) -> None:
 @pytest.mark.parametrize(
     ("task", "length", "says"),
     [
-        ("memorise", 200, "cannot be put at the start of a text; use recall, detect"),
-        ("perplexity", 200, "cannot be put at the start"),
+        ("memorise", 200, "cannot be put at a place of a text; use recall, detect"),
+        ("perplexity", 200, "cannot be put at a place of a text"),
         ("recall", 20, "need at least"),
         ("detect", 30, "use a longer --length"),
     ],

@@ -1,0 +1,135 @@
+"""Where in a text a binary gate lets the memory be written, and how answers fare where it does elsewhere than at facts.
+
+Each text has its facts at a place of its own, drawn evenly from the earliest to the latest. Of every segment before the
+one that asks is recorded what share of the memory's tokens it wrote, and the gate's probability, the mean of all
+tokens. Segments are told apart by where they stand:
+
+    opening    the text's first segment, where no fact stands in it: there is nothing to be lost yet
+    before     the others before the facts: what they write is what the facts are then written over
+    facts      those that the facts stand in
+    next       the one behind these, in which a model may finish what it writes
+    after      all others: writing there is what loses facts
+
+Axes: B texts, S segments before the one that asks, M memory tokens.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipelines.config import InputError
+from pipelines.data.tokenise import Tokenizer
+from pipelines.tasks import placed, texts
+from pipelines.tasks.base import TRUE, batch_sizes, device_of, segments
+from pipelines.tasks.questions import batch_marks
+from pipelines.tasks.samples import Sample, Scene, Wanted
+from rmt_core import RecurrentModel
+
+PLACES = OPENING, BEFORE, FACTS, NEXT, AFTER = "opening", "before", "facts", "next", "after"
+
+
+class Told(NamedTuple):
+    """Texts and the segments of their facts."""
+
+    samples: list[Sample]
+    first: np.ndarray  # (B,) int64
+    last: np.ndarray  # (B,) int64
+
+
+class Writes(NamedTuple):
+    """What was recorded."""
+
+    written: np.ndarray  # (B, S) share of the memory's tokens
+    probability: np.ndarray  # (B, S)
+    places: np.ndarray  # (B, S) of PLACES, as its number
+    first: np.ndarray  # (B,) the facts' first segment
+    right: np.ndarray  # (B,) bool: all answers
+
+
+def check(model: RecurrentModel) -> None:
+    """InputError for a memory that every segment writes."""
+    settings = model.config.memory
+    is_gated = len(settings) == 1 and settings[0].get("gate") == "binary" and isinstance(model.init_state(1), Tensor)
+    if not is_gated:
+        kinds = " with ".join(one["kind"] for one in settings)
+        raise InputError(
+            f'writes: memory {kinds} has no binary gate; use rmt alone with "gate": "binary", without past memories'
+        )
+
+
+def make_texts(
+    task: str, tokenizer: Tokenizer, background: texts.Background, wanted: Wanted, num: int, seed: int = 0
+) -> Told:
+    """`num` texts of the wanted length. InputError where the task cannot put its facts at a place."""
+    scene = Scene(tokenizer, background)
+    size = wanted.segment_len
+    samples, first, last = [], [], []
+    for i in range(num):
+        depth = np.random.default_rng((seed, i, 1)).random()
+        sample = placed.draw(task, scene, wanted._replace(depth=depth), seed, i)
+        early, late = (placed.draw(task, scene, wanted._replace(depth=end), seed, i) for end in (0.0, 1.0))
+        facts = placed.facts_of(early.stream, late.stream)
+        at = placed.find(sample.stream, facts)
+        samples.append(sample)
+        first.append(at // size)
+        last.append((at + len(facts) - 1) // size)
+    return Told(samples, np.array(first), np.array(last))
+
+
+# --- recording --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def record(model: RecurrentModel, told: Told, tokenizer: Tokenizer, batch_size: int) -> Writes:
+    """Reads all texts, so many at once, and once more for their answers. InputError where nothing is in between."""
+    size = model.segment_len
+    num = min(sample.answers[0].at - 1 for sample in told.samples) // size  # segments before the one that asks
+    if num < 3:
+        raise InputError(
+            f"writes: only {num} segments of {size} tokens precede the one that asks; use a longer --length"
+        )
+    traces: list[tuple[np.ndarray, np.ndarray]] = []
+    right: list[bool] = []
+    for rows in batch_sizes(len(told.samples), batch_size):
+        batch = told.samples[len(right) : len(right) + rows]
+        traces.append(_record_batch(model, batch, num))
+        right += [bool(one.all()) for one in batch_marks(model, batch, (TRUE,), tokenizer).right[TRUE]]
+    written, probability = (np.concatenate(parts) for parts in zip(*traces, strict=True))
+    places = places_of(told.first, told.last, num)
+    return Writes(written, probability, places, told.first, np.array(right))
+
+
+def _record_batch(model: RecurrentModel, samples: Sequence[Sample], num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of tokens written and probabilities, (B, S) each."""
+    state = model.init_state(len(samples))
+    written = []
+    rows = [texts.cut(sample.stream(), num * model.segment_len) for sample in samples]
+    with _probabilities(model.memory.get_submodule("gate")) as found:
+        for part in segments(rows, model.segment_len, device_of(model)):
+            new = model.step(part.tokens, state, part.lengths)[1]
+            written.append((new != state).any(-1).float().mean(-1))
+            state = new
+    return torch.stack(written, 1).cpu().numpy(), torch.stack(found, 1).float().cpu().numpy()
+
+
+@contextlib.contextmanager
+def _probabilities(gate: nn.Module) -> Iterator[list[Tensor]]:
+    """What the gate gives beside the new memory, (B,) for every segment that is read meanwhile."""
+    found: list[Tensor] = []
+    handle = gate.register_forward_hook(lambda _, __, given: found.append(given[1]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def places_of(first: np.ndarray, last: np.ndarray, num: int) -> np.ndarray:
+    """Where each of `num` segments stands, (B, S): of PLACES, as its number. first, last (B,): of the facts."""
+    at, first, last = np.arange(num)[None], first[:, None], last[:, None]
+    chosen = [(at >= first) & (at <= last), at == last + 1, at > last, at == 0]
+    names = [FACTS, NEXT, AFTER, OPENING]
+    return np.select(chosen, [PLACES.index(name) for name in names], PLACES.index(BEFORE))
