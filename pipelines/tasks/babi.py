@@ -37,7 +37,7 @@ class Story(NamedTuple):
     facts: list[str]
     question: str
     answer: str  # one of the task's labels
-    questions: list[tuple[str, str]]  # all that the facts answer, each with its answer
+    together: list[tuple[str, str]]  # questions with their answers, in any order, of which none tells another's answer
 
 
 class Gift(NamedTuple):
@@ -126,7 +126,7 @@ def story(task: str, generator: np.random.Generator) -> Story:
         found = _QUESTIONS[task](world)
         if found:
             question, answer = found[int(generator.integers(len(found)))]
-            return Story(facts, question, answer, found)
+            return Story(facts, question, answer, _one_of_each(task, found, generator))
 
 
 def _num_facts(task: str, generator: np.random.Generator) -> int:
@@ -137,6 +137,18 @@ def _num_facts(task: str, generator: np.random.Generator) -> int:
         num = low - 1 + int(generator.geometric(1 / (MEAN_FACTS[task] - low + 1)))
         if num <= high:
             return num
+
+
+def _one_of_each(task: str, found: list[tuple[str, str]], generator: np.random.Generator) -> list[tuple[str, str]]:
+    """In any order, one question about each person (`qa1`) or thing, and about the last gift of each thing (`qa5`)."""
+    if task in ("qa1", "qa2"):
+        return [found[i] for i in generator.permutation(len(found))]
+    about: dict[str, tuple[str, str]] = {}
+    for i in generator.permutation(len(found)):
+        question, answer = found[i]
+        thing = next(thing for thing in THINGS if thing in question or thing == answer)
+        about.setdefault(thing, (question, answer))
+    return list(about.values())
 
 
 def choices(question: str, answer: str) -> list[str]:
@@ -185,23 +197,31 @@ _QUESTIONS = {"qa1": _where_people, "qa2": _where_things, "qa3": _where_before, 
 
 
 def _relations(generator: np.random.Generator) -> Story:
-    """A place with one on either side of it: which lies next to which, asked from either side of either fact."""
+    """A place with one on either side of it: which lies next to which, asked from either side of either fact.
+
+    Of two questions together the second asks what lies on the other side of the middle: asked what lies next to an
+    outer place, the first one would tell.
+    """
     ahead, middle, behind = (PLACES[i] for i in generator.choice(len(PLACES), 3, replace=False))
     way = list(OPPOSITE)[int(generator.integers(len(OPPOSITE)))]
     pairs = ((ahead, middle), (middle, behind))
     facts = [_relation(a, way, b, generator) for a, b in pairs]
-    questions = [
-        question
-        for a, b in pairs
-        for question in (
+    of_pairs = [
+        [
             (f"What is {way} of the {b}?", a),
             (f"What is {OPPOSITE[way]} of the {a}?", b),
             (f"What is the {a} {way} of?", b),
             (f"What is the {b} {OPPOSITE[way]} of?", a),
-        )
+        ]
+        for a, b in pairs
     ]
+    questions = [question for of_pair in of_pairs for question in of_pair]
     question, answer = questions[int(generator.integers(len(questions)))]
-    return Story([facts[i] for i in generator.permutation(2)], question, answer, questions)
+    told = [facts[i] for i in generator.permutation(2)]
+    first = int(generator.integers(2))
+    outer = [one for one in of_pairs[1 - first] if one[1] != middle]
+    together = [options[int(generator.integers(len(options)))] for options in (of_pairs[first], outer)]
+    return Story(told, question, answer, together)
 
 
 def _relation(a: str, way: str, b: str, generator: np.random.Generator) -> str:

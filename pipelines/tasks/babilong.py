@@ -29,8 +29,6 @@ END = "."
 SENTENCE_ENDS = ".!?"
 MORE_TOKENS = 8  # written beyond the longest label
 
-MOST_ASKED = 8  # questions about one story
-
 _ATTEMPTS = 8  # stories drawn until one fits
 
 _Told = Callable[[babi.Story, str, Scene, Wanted, np.random.Generator], Sample]
@@ -44,7 +42,7 @@ def story_task(task: str) -> Maker:
 
 
 def every_question(task: str) -> Maker:
-    """The same stories, and all that can be asked about each, in any order, but for what is beyond `MOST_ASKED`.
+    """The same stories, each with as many questions as there are of which none tells another's answer.
 
     Of these texts more is learned than of those with one question. What is written freely is not marked.
     """
@@ -71,8 +69,7 @@ def _told(story: babi.Story, task: str, scene: Scene, wanted: Wanted, generator:
 def _told_for_every_question(
     story: babi.Story, _: str, scene: Scene, wanted: Wanted, generator: np.random.Generator
 ) -> Sample:
-    order = generator.permutation(len(story.questions))[:MOST_ASKED]
-    return _asking([story.questions[i] for i in order], story, scene, wanted, generator)
+    return _asking(story.together, story, scene, wanted, generator)
 
 
 def _asking(
