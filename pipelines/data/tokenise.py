@@ -42,6 +42,7 @@ class Tokenizer(Protocol):
     cuts_texts: bool  # whether texts may be cut at all: not where tokens are counted off from a text's start
 
     def encode(self, text: str) -> np.ndarray: ...  # (T,) int32
+    def encode_inside(self, text: str) -> np.ndarray: ...  # of a text that stands inside of another, (T,) int32
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
@@ -74,6 +75,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -117,6 +121,8 @@ class JsonTokenizer:
         content = _without_chance(_without_prefix_space({**content, "truncation": None, "padding": None}))
         self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        inside = _without_mark(content)
+        self._inside = None if inside == content else tokenizers.Tokenizer.from_str(json.dumps(inside))
         self._words = words_of(content, self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         names = ([eos_token] if eos_token else []) + list(EOS_NAMES)
@@ -134,6 +140,12 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        """Without the space that a tokenizer after SentencePiece puts before a text's first word."""
+        if self._inside is None:
+            return self.encode(text)
+        return np.array(self._inside.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         found = [None if self._words is None else self._words.encode(text) for text in texts]
@@ -281,6 +293,24 @@ def _without_prefix_space(content: dict[str, Any]) -> dict[str, Any]:
         return {**part, "add_prefix_space": False} if part.get("type") == "ByteLevel" else part
 
     return {**content, "pre_tokenizer": fixed(content.get("pre_tokenizer"))}
+
+
+def _without_mark(content: dict[str, Any]) -> dict[str, Any]:
+    """Without the mark of a space that is put before a text; what takes it away again in decoding is left there."""
+    return {**content, **{name: _unmarked(content.get(name)) for name in ("normalizer", "pre_tokenizer")}}
+
+
+def _unmarked(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Sequence":
+        parts = {name: map(_unmarked, value) for name, value in part.items() if isinstance(value, list)}
+        return {**part, **{name: [one for one in value if one is not None] for name, value in parts.items()}}
+    if part.get("type") == "Prepend":
+        return None
+    if part.get("type") != "Metaspace":
+        return part
+    return {name: value for name, value in part.items() if name != "add_prefix_space"} | {"prepend_scheme": "never"}
 
 
 def _without_chance(content: dict[str, Any]) -> dict[str, Any]:

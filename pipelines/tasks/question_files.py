@@ -310,7 +310,7 @@ def sample(scene: Scene, question: Question, segment_len: int) -> Sample:
     answer = scene.encode(question.answer)
     if not len(answer):
         raise InputError("a question with an empty answer cannot be marked; leave it out")
-    num_prompt = len(scene.encode(question.prompt))
+    num_prompt = len(scene.begin(question.prompt))
     if not num_prompt:
         raise InputError("a question with an empty text cannot be asked; leave it out")
     return Sample(
@@ -324,5 +324,5 @@ def sample(scene: Scene, question: Question, segment_len: int) -> Sample:
 
 
 def _text(scene: Scene, question: Question) -> Iterator[np.ndarray]:
-    yield scene.encode(question.prompt)
+    yield scene.begin(question.prompt)
     yield scene.encode(question.answer)

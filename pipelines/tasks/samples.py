@@ -60,6 +60,11 @@ class Scene(NamedTuple):
     background: Background
 
     def encode(self, text: str) -> np.ndarray:
+        """Tokens of a text that stands inside of another."""
+        return self.tokenizer.encode_inside(text).astype(np.int32)
+
+    def begin(self, text: str) -> np.ndarray:
+        """Tokens of a text's beginning."""
         return self.tokenizer.encode(text).astype(np.int32)
 
 

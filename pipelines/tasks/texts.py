@@ -24,6 +24,7 @@ class Encodes(Protocol):
     """The part of a tokenizer that a task needs."""
 
     def encode(self, text: str) -> np.ndarray: ...
+    def encode_inside(self, text: str) -> np.ndarray: ...
 
 
 class Insert(NamedTuple):
@@ -60,7 +61,7 @@ def _prose(held_out: HeldOut, start: int, num: int) -> Iterator[np.ndarray]:
 
 def noise(tokenizer: Encodes) -> Background:
     """Lower-case letters and spaces, each equally likely."""
-    alphabet = np.unique(np.concatenate([tokenizer.encode(letter) for letter in NOISE])).astype(np.int32)
+    alphabet = np.unique(np.concatenate([tokenizer.encode_inside(letter) for letter in NOISE])).astype(np.int32)
 
     def draw(num: int, generator: np.random.Generator) -> Stream:
         return partial(_noise, alphabet, int(generator.integers(2**62)), num)

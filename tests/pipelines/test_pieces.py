@@ -112,6 +112,25 @@ def test_tokenizers_that_mark_a_beginning_mark_that_of_the_text_alone() -> None:
     assert tokenizer.decode(np.concatenate([tokenizer.encode("on"), piece.ids])) == "on the"
 
 
+@pytest.mark.parametrize("build", [like_llama_2, lambda: metaspace("always"), lambda: metaspace("first")])
+def test_inside_of_a_text_no_beginning_is_marked(build: Callable[[], Any]) -> None:
+    """Words that are encoded apart are what the whole text's tokens are, and give the text back."""
+    tokenizer = build()
+    first, *others = book(40).split()[:12]
+    text = " ".join([first, *others])
+    parts = [tokenizer.encode(first), *(tokenizer.encode_inside(f" {word}") for word in others)]
+    assert tokenizer.decode(np.concatenate(parts)) == text
+    if build is not like_llama_2:  # whose tokens are not of single words
+        assert np.array_equal(np.concatenate(parts), tokenizer.encode(text))
+    assert not np.array_equal(tokenizer.encode_inside(first), tokenizer.encode(first))
+
+
+def test_byte_level_tokenizers_mark_no_beginning_anywhere() -> None:
+    for tokenizer in (byte_level(), like_llama_3(), ByteTokenizer()):
+        for text in ("home", " home", "\nhome", ""):
+            assert np.array_equal(tokenizer.encode_inside(text), tokenizer.encode(text))
+
+
 def test_pieces_of_fixed_length_are_never_cut_out_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the tokens around a cut are alike they do not tell which step they keep: such texts are not cut."""
     monkeypatch.setattr(pieces, "PIECE_CHARS", 2000)

@@ -358,7 +358,7 @@ def test_a_length_that_is_said_to_be_enough_is(task: str) -> None:
 
 def test_what_a_tokenizer_does_not_allow_is_one_line() -> None:
     class Uneven:
-        def encode(self, text: str) -> np.ndarray:
+        def encode_inside(self, text: str) -> np.ndarray:
             return np.concatenate([np.full(1 + (letter == "C"), ord(letter)) for letter in text] or [np.zeros(0)])
 
     with pytest.raises(InputError, match="sorting: every capital letter must have the same number"):
