@@ -29,7 +29,7 @@ from rmt_core import FullContext, RecurrentModel
 from rmt_core.state import State
 
 TRUE, ZEROED, SHUFFLED = MEMORIES = ("true", "zeroed", "shuffled")
-QUESTIONS_VERSION = 4  # of what tasks draw and read and how they mark: raised with every change, so that none are mixed
+QUESTIONS_VERSION = 5  # of what tasks draw and read and how they mark: raised with every change, so that none are mixed
 MAX_LENGTH = 2**32  # tokens of a text
 DOES_NOT_FIT = "does_not_fit"  # in place of all figures: the bytes that keys and values of full attention need
 

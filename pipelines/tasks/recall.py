@@ -9,8 +9,7 @@ anywhere) tasks of Bulatov et al. 2023 (arXiv:2304.11062, section 4) put into re
 
 import numpy as np
 
-from pipelines.tasks.samples import Answer, Sample, Scene, TooShortError, Wanted, segment_start
-from pipelines.tasks.texts import Encodes, Insert, Stream, joined
+from pipelines.tasks.samples import Sample, Scene, Wanted, ask, compose
 
 LETTERS = "ABCDEFGHIJKLMNOP"
 FACT = "\nThe secret key is {}.\n"
@@ -18,50 +17,13 @@ QUESTION = "\nThe secret key is"
 ANSWER = " {}"
 
 
-def shortest_text(tokenizer: Encodes) -> int:
-    """The fewest tokens that hold a fact and the question."""
-    return max(len(tokenizer.encode(FACT.format(letter))) for letter in LETTERS) + len(tokenizer.encode(QUESTION))
-
-
-def longest_answer(tokenizer: Encodes) -> int:
-    """Tokens of the longest answer."""
-    return max(len(tokenizer.encode(ANSWER.format(letter))) for letter in LETTERS)
-
-
 def detect(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """The fact anywhere, or at the wanted depth."""
-    longest = longest_answer(scene.tokenizer)  # every sample's question ends at the same token
-    length, need = wanted.length - longest, shortest_text(scene.tokenizer)
-    if length < need:
-        raise TooShortError(need + longest)
-    latest = segment_start(length, wanted.segment_len) - need + 1
-    letter, fact, question = _drawn(scene.tokenizer, generator)
-    num_text = length - len(question) - len(fact)
-    stream: Stream = scene.background(num_text, generator)
-    num_places = _num_places(num_text, latest if latest > 0 else None)
-    at = int(generator.integers(num_places)) if wanted.depth is None else round(wanted.depth * (num_places - 1))
-    answer = scene.encode(ANSWER.format(letter))
-    tail = np.concatenate([question, answer]).astype(np.int32)
-    return Sample(
-        joined(stream, [Insert(at, fact.astype(np.int32))], tail),
-        length + len(answer),
-        (Answer(length, answer, len(LETTERS)),),
-        latest > 0,
-        wanted.depth,
-    )
+    letter = LETTERS[int(generator.integers(len(LETTERS)))]
+    asked = ask(scene, QUESTION, ANSWER.format(letter), len(LETTERS))
+    return compose(scene, wanted, [scene.encode(FACT.format(letter))], [asked], generator)
 
 
 def memorise(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """The fact first."""
     return detect(scene, wanted._replace(depth=0.0), generator)
-
-
-def _drawn(tokenizer: Encodes, generator: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray]:
-    """A letter, the fact and the question."""
-    letter = LETTERS[int(generator.integers(len(LETTERS)))]
-    return letter, tokenizer.encode(FACT.format(letter)), tokenizer.encode(QUESTION)
-
-
-def _num_places(num_text: int, latest: int | None) -> int:
-    """How many places a fact can take in so many tokens of text, beginning before token `latest`."""
-    return num_text + 1 if latest is None else min(num_text + 1, max(latest, 1))

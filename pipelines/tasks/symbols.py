@@ -41,18 +41,19 @@ def copying(*, backwards: bool) -> Maker:
 
 def _copying(backwards: bool, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     letters = _letters(scene, len(LETTERS))
-    start = scene.encode("\nsource: ")
+    start, end = scene.encode("\nsource: "), scene.encode("\n")
     question = scene.encode("\nreversed: " if backwards else "\ncopied: ")
     width = max(len(letter) for letter in letters)
-    room = (wanted.length - len(start) - len(question)) // (2 * width)
+    others = len(start) + len(end) + len(question)
+    room = (wanted.length - others) // (2 * width)
     if room < 1:
-        raise TooShortError(len(start) + len(question) + 2 * width)
+        raise TooShortError(others + 2 * width)
     gap = -(-wanted.segment_len // (2 * width))  # so that the source ends before the segment of the first answer
     num = min(_MAX_SOURCE, max(1, room - gap))
     source = [letters[i] for i in generator.integers(len(letters), size=num)]
     answers = source[::-1] if backwards else source
     asked = [Asked(question if i == 0 else question[:0], one, len(letters)) for i, one in enumerate(answers)]
-    return compose(scene, wanted, [np.concatenate([start, *source])], asked, generator, place="start")
+    return compose(scene, wanted, [np.concatenate([start, *source, end])], asked, generator, place="start")
 
 
 def retrieval(*, rewrites: bool, most_asked: int = 1) -> Maker:

@@ -45,10 +45,21 @@ def test_recall_is_a_sentence_put_anywhere_before_the_segment_that_asks(length: 
         letter = "ABCDEFGHIJKLMNOP"[generator.integers(16)]
         fact = f"\nThe secret key is {letter}.\n"
         text = letters(length - len(fact) - len(question) - 2, generator)
-        latest = (length - 3) // SEGMENT_LEN * SEGMENT_LEN - len(fact) - len(question) + 1
-        at = int(generator.integers(min(len(text) + 1, latest)))
+        room = (length - 3) // SEGMENT_LEN * SEGMENT_LEN - len(fact)
+        at = int(generator.integers(min(len(text), room) + 1))
         sample = recall.detect(Scene(BYTES, in_parts), Wanted(length, SEGMENT_LEN), np.random.default_rng(seed))
         assert BYTES.decode(texts.whole(sample.stream)) == f"{text[:at]}{fact}{text[at:]}{question} {letter}"
+
+
+@pytest.mark.parametrize("make", [recall.detect, mark.detect])
+def test_the_latest_place_ends_with_the_segment_before_the_one_that_asks(make: Maker) -> None:
+    for length in (SEGMENT_LEN + 24, 3 * SEGMENT_LEN, 1000):
+        text, _ = read(draw(make, length, depth=1.0))
+        first = re.search(r"\nThe secret key is .\.\n|#.", text)
+        assert first
+        room = length // SEGMENT_LEN * SEGMENT_LEN - (length % SEGMENT_LEN < 3) * SEGMENT_LEN
+        background = length - len(first[0]) - (20 if make is recall.detect else 2)
+        assert first.end() == min(room, background + len(first[0]))
 
 
 def test_a_marked_symbol_is_detected_anywhere() -> None:
@@ -184,10 +195,10 @@ def test_a_thousand_bytes_hold_all_facts_of_the_capacity_task(segment_len: int) 
 def test_a_source_is_copied_or_reversed(backwards: bool, length: int) -> None:
     sample = draw(symbols.copying(backwards=backwards), length)
     text, answers = read(sample)
-    source = re.match(r"\nsource: ([A-Z]+)", text)
+    source = re.match(r"\nsource: ([A-Z]+)\n", text)  # its end is told whatever comes behind it
     assert source
     assert answers == list(source[1][::-1] if backwards else source[1])
-    assert len(answers) == min(4096, (length - (20 if backwards else 18)) // 2 - 32)
+    assert len(answers) == min(4096, (length - (21 if backwards else 19)) // 2 - 32)
     assert sample.needs_memory
 
 
@@ -313,16 +324,16 @@ def test_frequent_words_fill_the_text_whatever_their_length_in_tokens() -> None:
     """A tokenizer that gives words of one and of eight tokens."""
 
     class Uneven:
-        def encode(self, text: str) -> np.ndarray:
+        def encode_inside(self, text: str) -> np.ndarray:
             words = re.findall(r" ?\w+|\W", text)
             sizes = [1 if len(word) % 2 == 0 or word[-1] in "ae" else 8 for word in words]
             return np.repeat([len(word) for word in words], sizes) if words else np.zeros(0)
 
     sample = ruler.frequent_words(Scene(Uneven(), texts.noise(BYTES)), Wanted(20_000, 64), np.random.default_rng(0))
     tokens = texts.whole(sample.stream)
-    question = len(Uneven().encode(ruler.FWE_QUESTION))
+    question = len(Uneven().encode_inside(ruler.FWE_QUESTION))
     before = tokens[: sample.answers[0].at - question]
-    filler = int(Uneven().encode("\n")[0])
+    filler = int(Uneven().encode_inside("\n")[0])
     assert len(tokens) == 20_000
     assert len(before) - 1 - np.flatnonzero(before != filler)[-1] < 100
 
