@@ -295,10 +295,15 @@ def _help(name: str, field: pydantic.fields.FieldInfo, base: Mapping[str, Any]) 
             return f"{field.description} (required)".replace("%", "%%")
     if isinstance(default, pydantic.BaseModel):
         default = default.model_dump(mode="json")
-    shown = default if isinstance(default, str) else json.dumps(default, default=str)
+    shown = default if isinstance(default, str) else json.dumps(default, default=_as_typed)
     if default is None:  # a field whose `none` would be read as a word is said to be left out
         shown = "none" if _without_none(field.annotation)[1] else "not given"
     return f"{field.description} (default: {shown})".replace("%", "%%")
+
+
+def _as_typed(value: Any) -> Any:
+    """A value within a default, as it can be given again."""
+    return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, pydantic.BaseModel) else str(value)
 
 
 def _explain(fault: Mapping[str, Any], names: list[str]) -> str:

@@ -5,7 +5,8 @@
 Every figure is measured with the true memory, with a zeroed one and with another row's; beside them stand the seconds
 and the peak of memory that each task took at each length. With `--attention full` a model without memory has the whole
 text in context instead, up to the length where its keys and values no longer fit. The output holds
-metrics.jsonl (one figure a line), results.md, results.png and the resolved config.json. The same command again does
+metrics.jsonl (one figure a line), costs.jsonl (time and memory of each run), results.md, results.png and the resolved
+config.json. The same command again does
 nothing, or goes on where it was interrupted, or makes a table or plot again that is gone; another model or other
 settings on the same output are refused.
 """

@@ -1,4 +1,7 @@
-"""Long context by recurrent memory: a Hugging Face causal LM and a memory carried from segment to segment."""
+"""Long context by recurrent memory: a Hugging Face model and a memory carried from segment to segment.
+
+`build` for causal LMs, `build_encoder` for encoders of the BERT family, `build_seq2seq` for T5, mT5 and BART.
+"""
 
 from . import state
 from .attention import AttentionMaps, AttentionMass, attention_maps, attention_mass, mean_over_heads

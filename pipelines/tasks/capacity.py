@@ -230,6 +230,7 @@ def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
     panel.set_title(
         f"{_named(what, here)}, texts of {length:,} tokens, by {samples} samples each:\n"
         "means, bands over models; lines: by 95 % intervals of accuracy"
+        + ("; a bound counts as its number" if any(one.is_bound for one in here) else "")
         + ("; curves side by side" if len(curves) > 1 else "")
         + (f"\n{HOLLOW}" if num_empty else ""),
         fontsize=9,

@@ -30,7 +30,7 @@ UNITS = {
 BACKGROUNDS = {"noise": "noise (random letters)", "prose": "prose (of the held-out text)"}  # around facts
 ABOUT = {
     "true": "the state carried from segment to segment",
-    "zeroed": "zeros instead of it before every segment",
+    "zeroed": "zeros instead of it before each segment that is measured; those before are read with the true one",
     "shuffled": "the state of the neighbouring row, which has read as much of another text, or that text to its end",
 }
 NEEDS_NONE = "\\* What is asked for can lie in the segment of the question: no memory is needed there."

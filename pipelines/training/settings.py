@@ -57,7 +57,7 @@ class ModelSettings(Config):
     memory: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default=None,
         description="memory kind (the kind none: no memory), or JSON with its settings, or a JSON list of such; not "
-        'given: that of model.start, or {"kind": "rmt", "num_tokens": 4}',
+        "given: that of model.start; else the recipe's; in a file that names none, rmt with 4 tokens",
     )
     feed_forward: Annotated[Any, pydantic.BeforeValidator(json_or_word)] = Field(
         default=None,
