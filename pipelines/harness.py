@@ -28,6 +28,7 @@ from pipelines.config import Config, InputError, split_commas
 from pipelines.extras import require_extra
 from pipelines.job import run_job
 from pipelines.tasks.harness import as_harness_model
+from pipelines.tasks.harness_tasks import check_tasks, find_tasks
 from pipelines.tasks.running import load
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.harness")
@@ -40,7 +41,7 @@ class HarnessConfig(Config):
     model: str = pydantic.Field(description="directory of a trained model, on disk or s3://")
     output: str = pydantic.Field(description="directory of the results, on disk or s3://")
     tasks: Annotated[list[str], pydantic.BeforeValidator(split_commas)] = pydantic.Field(
-        min_length=1, description="names of tasks or groups of lm-evaluation-harness"
+        min_length=1, description="names of tasks or groups of lm-evaluation-harness, or wildcards"
     )
     include_path: str | None = pydantic.Field(None, description="folder with further tasks in YAML files")
     num_fewshot: int | None = pydantic.Field(None, ge=0, description="examples before a question (none: the task's)")
@@ -58,27 +59,27 @@ def measure(config: HarnessConfig) -> dict[str, Any]:
     """Runs the tasks; their metrics. Raises InputError."""
     require_extra("harness", job="harness")
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     output = storage.absolute(config.output)
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise InputError(f"--include-path {config.include_path}: there is no such folder")
-    manager = TaskManager(include_path=config.include_path)
-    if unknown := next((name for name in config.tasks if not manager.match_tasks([name])), None):
-        raise InputError(f"--tasks {unknown}: lm-evaluation-harness has no such task")
+    manager, names = find_tasks(config.tasks, config.include_path)
     model, tokenizer = load(storage.absolute(config.model), config.device)
     settings = config.model_dump(mode="json", exclude={"model", "output"})
     about = {
         "format": FORMAT,
         **settings,
+        "tasks": names,
         "model": rmt_core.fingerprint(model),
         "lm_eval": importlib.metadata.version("lm_eval"),
         "include": config.include_path and _digest(Path(config.include_path)),
     }
     if not _is_measured(output, about):
+        adapter = as_harness_model(model, tokenizer, config.batch_size)
+        check_tasks(manager, names, config.num_fewshot, config.limit)
         found = simple_evaluate(
-            model=as_harness_model(model, tokenizer, config.batch_size),
-            tasks=config.tasks,
+            model=adapter,
+            tasks=names,  # built anew: seeded as the harness does it
             task_manager=manager,
             num_fewshot=config.num_fewshot,
             limit=config.limit,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
 _MAX_NEW_TOKENS = 256  # where a request does not say
-_KNOWN = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p"}  # of a request to write
+_KNOWN = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "num_beams"}  # of a request
 
 
 def as_harness_model(model: RecurrentModel, tokenizer: Tokenizer, batch_size: int = 8) -> "TemplateLM":
@@ -68,7 +68,20 @@ def writing_of(settings: dict[str, Any]) -> Writing:
     if unknown:
         raise InputError(f"a task asks to write with {unknown[0]!r}, which is not served; known are {sorted(_KNOWN)}")
     until = settings.get("until") or []
-    stops = (until,) if isinstance(until, str) else tuple(until)
-    most = settings.get("max_gen_toks", settings.get("max_new_tokens", _MAX_NEW_TOKENS))
-    temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-    return Writing(int(most), tuple(stop for stop in stops if stop), Sampling(temperature, settings.get("top_p", 1.0)))
+    stops = (until,) if isinstance(until, str) else until
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) or stop is None for stop in stops):
+        raise InputError(f"a task asks to write until {until!r}; it must be a text or a list of texts")
+    limit = "max_gen_toks" if "max_gen_toks" in settings else "max_new_tokens"
+    most = settings.get(limit, _MAX_NEW_TOKENS)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise InputError(f"a task asks to write {limit} {most!r}; it must be a whole number of at least 1")
+    if settings.get("num_beams", 1) != 1:
+        raise InputError(f"a task asks for num_beams {settings['num_beams']!r}; beams are not searched: it must be 1")
+    if settings.get("do_sample") not in (None, False, True):
+        raise InputError(f"a task asks for do_sample {settings['do_sample']!r}; it must be true or false")
+    try:
+        temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
+        sampling = Sampling(temperature, float(settings.get("top_p", 1.0)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a task asks to write with {settings}: {error}") from None
+    return Writing(most, tuple(stop for stop in stops if stop), sampling)

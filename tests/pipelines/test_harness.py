@@ -1,7 +1,9 @@
 """lm-evaluation-harness runs its tasks on a model with memory, offline; without it, the job says so."""
 
+import functools
 import importlib.util
 import json
+import logging
 import math
 import shlex
 from pathlib import Path
@@ -45,6 +47,14 @@ WRITING = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 7}\nmetric_list: [{
 ROLLING = "metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]\n"
 
 
+@pytest.fixture
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the harness's thousands of tasks, which take long to list."""
+    tasks = importlib.import_module("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # libraries log to the closed stderr of the first test
+
+
 @pytest.fixture(scope="module")
 def model() -> RecurrentModel:
     return tiny_model(MEMORIES["rmt"], segment_len=6, vocab_size=BYTES.vocab_size)
@@ -72,8 +82,31 @@ def test_how_a_request_wants_its_text() -> None:
     assert writing_of({"until": "\n", "max_gen_toks": 5, "temperature": 1.0}) == Writing(5, ("\n",))
     drawn = {"until": ["a", "b"], "do_sample": True, "temperature": 0.5, "top_p": 0.9}
     assert writing_of(drawn) == Writing(256, ("a", "b"), Sampling(0.5, 0.9))
-    with pytest.raises(InputError, match="num_beams"):
-        writing_of({"num_beams": 4})
+    assert writing_of({"num_beams": 1, "max_new_tokens": 5}) == Writing(5)  # greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_beams": 4}, "num_beams 4"),
+        ({"penalty": 1}, "'penalty'"),
+        ({"max_gen_toks": "many"}, "max_gen_toks 'many'"),
+        ({"max_gen_toks": 7.5}, "max_gen_toks 7.5"),
+        ({"max_gen_toks": None}, "max_gen_toks None"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"until": 5}, "until 5"),
+        ({"until": ["a", 5]}, r"until \['a', 5\]"),
+        ({"do_sample": "no"}, "do_sample 'no'"),
+        ({"do_sample": True, "temperature": "hot"}, "'hot'"),
+        ({"do_sample": True, "temperature": -1}, "temperature is -1"),
+        ({"top_p": "most"}, "'most'"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": None}, "top_p"),
+    ],
+)
+def test_a_request_that_cannot_be_written_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        writing_of(settings)
 
 
 def test_a_metric_that_is_no_number_is_null_and_loses_no_other(tmp_path: Path) -> None:
@@ -187,3 +220,149 @@ def test_what_cannot_be_run_is_refused_in_one_line(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("harness: error: ")
     assert says in line
+
+
+ROWS = [{"question": f"Is it {i}?", "answer": i % 3, "choices": '["yes", "no", "perhaps"]'} for i in range(4)]
+
+
+def task_file(kind: str = "multiple_choice", rest: str = CHOICE, name: str = "mine", data: str = "rows.jsonl") -> str:
+    """A task of four questions, in rows.jsonl of the working directory."""
+    return TASK.format(name=name, kind=kind, data=data) + rest
+
+
+WORDS = ["--model", "model", "--include-path", "tasks", "--output", "out"]
+
+
+def write_tasks(texts: dict[str, str], model: RecurrentModel) -> None:
+    """Task files, what they read, and a model, in the working directory."""
+    rmt_core.save(Path("model"), model, BYTES)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("tasks").mkdir()
+    for name, text in texts.items():
+        Path("tasks", f"{name}.yaml").write_text(text, encoding="latin-1")
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that says why nothing was done; others may warn before it."""
+    lines = capsys.readouterr().err.splitlines()
+    assert not any(line.startswith("Traceback") for line in lines)
+    (line,) = (line for line in lines if line.startswith("harness: error: "))
+    assert line == lines[-1]
+    return line
+
+
+FAULTY = {
+    "missing data": (task_file(data="gone.jsonl"), "FileNotFoundError: Unable to find '"),
+    "broken data": (task_file(data="tasks/mine.yaml"), "DatasetGenerationError"),
+    "no questions": (task_file(data="empty.jsonl"), "StopIteration"),
+    "no data": ("task: mine", "it names no data; give dataset_path"),
+    "broken template": (task_file().replace("{{question}}", "{{question"), "TemplateSyntaxError"),
+    "undefined field": (task_file().replace("{{question}}", "{{quest}}"), "'quest' is undefined"),
+    "unknown setting": (task_file() + "doc_to_txt: a\n", "'doc_to_txt'"),
+    "unknown split": (task_file().replace("test_split: test", "test_split: tset"), "'tset'"),
+    "unknown kind": (task_file(kind="choice"), "invalid output_type 'choice'"),
+    "missing function": (task_file().replace('"{{question}}"', "!function utils.ask"), "'utils'"),
+    "a later row": (
+        task_file(rest='doc_to_choice: "{{choices if answer < 2 else 0 / 0}}"\n'),
+        "cannot render its questions: ZeroDivisionError",
+    ),
+    "tokens in words": (task_file("generate_until", "generation_kwargs: {max_gen_toks: many}"), "max_gen_toks 'many'"),
+    "beams": (task_file("generate_until", "generation_kwargs: {num_beams: 3}"), "num_beams 3"),
+    "unknown generation": (task_file("generate_until", "generation_kwargs: {penalty: 3}"), "'penalty'"),
+    "temperature in words": (task_file("generate_until", "generation_kwargs: {temperature: hot}"), "'hot'"),
+    "code": (task_file() + "unsafe_code: true\n", "runs code that the model has written"),
+    "pictures": (task_file() + "doc_to_image: question\n", "pictures"),
+    "no metric": (task_file(rest=CHOICE.replace("acc", "bypass")), "bypass"),
+    "empty group": ("group: mine\ntask: []\n", "there are no tasks in it"),
+    "group of unknown": ("group: mine\ntask: [theirs]\n", "there is no task theirs"),
+    "not YAML": ("task: [mine\n", "mine.yaml, which cannot be read: ParserError"),
+    "not UTF-8": ("task: mine\ndescription: caf\xe9\n", "mine.yaml, which cannot be read: ReaderError"),
+    "no mapping": ("- mine\n", "mine.yaml, which cannot be read: ValueError"),
+    "missing include": ("include: gone.yaml\ntask: mine\n", "mine.yaml, which cannot be read: FileNotFoundError"),
+    "name of another type": ("task: 2020-01-01\n", "is datetime.date(2020, 1, 1)"),
+    "tag of another type": (task_file() + "tag: [5]\n", "mine.yaml: the name of a task, group or tag is 5"),
+}
+
+
+@needs_harness
+@pytest.mark.usefixtures("own_tasks_alone")
+@pytest.mark.parametrize(("text", "says"), FAULTY.values(), ids=FAULTY)
+def test_a_faulty_task_is_told_in_one_line_before_anything_is_measured(
+    text: str,
+    says: str,
+    model: RecurrentModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tasks({"mine": text}, model)
+    Path("empty.jsonl").touch()
+    monkeypatch.setattr(importlib.import_module("lm_eval"), "simple_evaluate", lambda **_: pytest.fail("measured"))
+    assert harness.main([*WORDS, "--tasks", "mine"]) == 2
+    line = refusal(capsys)
+    assert says in line
+    assert "mine" in line
+    assert not Path("out").exists()
+
+
+@needs_harness
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_wildcard_stands_for_the_tasks_that_it_matches(
+    model: RecurrentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["mine_a", "mine_b", "other"]
+    write_tasks({name: task_file(name=name) for name in names} | {"broken": "task: [mine"}, model)
+    assert harness.main([*WORDS, "--tasks", "mine_b,mine_*"]) == 0
+    printed, told = capsys.readouterr()
+    assert {line["task"] for line in json.loads(printed)["metrics"]} == {"mine_a", "mine_b"}
+    assert storage.read_json("out/config.json")["tasks"] == ["mine_b", "mine_a"]
+    assert "without the task in tasks/broken.yaml, which cannot be read" in told
+    assert harness.main([*WORDS, "--tasks", "mine_b,mine_a"]) == 0  # the same, measured already
+    assert harness.main([*WORDS, "--tasks", "none*"]) == 2
+    assert "--tasks none*: lm-evaluation-harness has no such task" in refusal(capsys)
+
+
+@needs_harness
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_what_the_command_line_asks_of_fine_tasks_in_vain_is_refused(
+    model: RecurrentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    group = "group: mine_all\ntask: [mine]\n"
+    write_tasks({"mine": task_file(), "all": group, "more": group.replace("all", "more")}, model)
+    assert harness.main([*WORDS, "--tasks", "mine", "--num_fewshot", "9"]) == 2
+    assert "cannot render its questions: ValueError: Sample larger than population" in refusal(capsys)
+    assert harness.main([*WORDS, "--tasks", "mine*"]) == 2
+    assert "Duplicate task 'mine': found in both" in refusal(capsys)
+    assert not Path("out").exists()
+
+
+@needs_harness
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_one_beam_is_greedy(
+    model: RecurrentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tasks({"mine": task_file("generate_until", WRITING.replace("{until", "{num_beams: 1, until"))}, model)
+    assert harness.main([*WORDS, "--tasks", "mine"]) == 0
+    assert [line["metric"] for line in json.loads(capsys.readouterr().out)["metrics"]] == ["exact_match"]
+
+
+@needs_harness
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_fault_while_measuring_keeps_its_traceback(
+    model: RecurrentModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tasks({"mine": task_file()}, model)
+
+    def failing(*_: Any) -> None:
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr("pipelines.tasks.harness.score", failing)
+    assert harness.main([*WORDS, "--tasks", "mine"]) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert told.splitlines()[-1] == "ValueError: a fault of the program"
