@@ -103,17 +103,23 @@ def is_strictly_right(written: str, question: str, answer: str, labels: Sequence
 
 
 def names_only(sentence: str, question: str, answer: str, labels: Sequence[str]) -> bool:
-    """Whether of the labels that the question does not name it names the answer, or all parts of it, and no other."""
-    return {label for label in labels if _names(sentence, label) and not _names(question, label)} == set(_parts(answer))
+    """Whether of the labels that the question does not name it names the answer, or all parts of a list, and no other.
+
+    Labels and answers are the same in whatever case.
+    """
+    named = {label.lower() for label in labels if _names(sentence, label) and not _names(question, label)}
+    return named == {part.lower() for part in parts(answer)}
 
 
 def is_laxly_right(written: str, answer: str) -> bool:
-    """Whether the answer occurs, or all its parts between commas."""
-    return all(part.lower() in written.lower() for part in _parts(answer))
+    """Whether the answer occurs, or all parts of a list."""
+    return all(part.lower() in written.lower() for part in parts(answer))
 
 
-def _parts(answer: str) -> list[str]:
-    return [part.strip() for part in answer.split(",")]
+def parts(answer: str) -> list[str]:
+    """Those of a list such as `apple,milk`; a way such as `s,e` is one label, told by its length as published."""
+    is_list = "," in answer and len(answer) > len("s,e")
+    return [part.strip() for part in answer.split(",")] if is_list else [answer]
 
 
 def _names(text: str, label: str) -> bool:
@@ -127,5 +133,8 @@ def first_sentence(written: str) -> str:
 
 
 def published_sentence(written: str) -> str:
-    """In lower case, up to the first full stop or what BABILong's prompts put around examples and texts."""
+    """In lower case, up to the first full stop or what BABILong's prompts put around examples and texts.
+
+    The published code looks for `Question` too, but in lower case, where it finds none: a further question is read.
+    """
     return re.split(r"\.|<context>|<example>", written.lower(), maxsplit=1)[0]

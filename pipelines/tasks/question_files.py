@@ -7,9 +7,10 @@ A file is JSON lines, a JSON array or Parquet. Its form is known by its fields:
     LongBench   context, input, answers, dataset, all_classes
     SCROLLS     id, pid, input, output; rows of one id are one question with several references
 
-What is written freely is marked as published, in as many tokens as published, whatever the tokenizer: BABILong's first
-ten tasks strictly (labels as words: see `babilong`) and laxly; RULER by the share of its outputs that occur, or, in
-`qa_1` and `qa_2`, by any of them; LongBench by its data sets' own marks (see `marking`; F1 for data sets of others);
+What is written freely is marked as published, in as many tokens as published, whatever the tokenizer: BABILong laxly,
+and strictly where its question tells the task (labels as words: see `babilong`); RULER by the share of its outputs that
+occur, or, in `qa_1` and `qa_2`, by any of them; LongBench by its data sets' own marks (see `marking`; F1 for data sets
+of others);
 SCROLLS's questions by F1 and exact match with the best reference (its summaries too, which are published with ROUGE).
 To the letter the first reference is asked for, and of RULER all outputs. Prompts of LongBench end with `Question: ...
 Answer:` for every data set but those of code, whose next line follows it, and those without a question.
@@ -22,6 +23,8 @@ of rows: texts are tokenised once to be counted and once to be read.
 import codecs
 import io
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +36,7 @@ from pipelines import storage
 from pipelines.config import InputError
 from pipelines.extras import require_extra
 from pipelines.tasks import babi, marking, texts
-from pipelines.tasks.babilong import LAX, QUESTION, STRICT, is_laxly_right, names_only, published_sentence
+from pipelines.tasks.babilong import LAX, QUESTION, STRICT, is_laxly_right, names_only, parts, published_sentence
 from pipelines.tasks.base import Figure, Material, check_length
 from pipelines.tasks.questions import measured
 from pipelines.tasks.ruler import MATCH, NEW_TOKENS, string_match
@@ -44,8 +47,6 @@ F1, EM, ROUGE_L, LONGER = "f1", "exact_match", "rouge_l", "num_longer"
 CLASSES, NUMBERS, EDITS = "classification", "numbers", "edit_similarity"
 
 _BABILONG_TOKENS, _SCROLLS_TOKENS = 20, 256
-_YES_OR_NO = ("maybe", "no", "yes")  # of BABILong's qa10; qa6 and qa9 have no "maybe", which nobody writes there
-_NUMBERS = ("none", "one", "two", "three")  # of qa7
 
 
 class Question(NamedTuple):
@@ -127,26 +128,67 @@ def _rows(uri: str) -> Iterator[Any]:
 # --- the forms --------------------------------------------------------------------------------------
 
 
+_YES_OR_NO = ("no", "yes")
+_WAYS = ("e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w")
+_GOALS, _MOODS = ("bedroom", "garden", "kitchen"), ("bored", "hungry", "thirsty", "tired")
+_SIDE = "(north|south|east|west)"
+_ASKED = {  # a task's question in lower case -> what it may be answered with
+    r"where is (the )?\w+": babi.PLACES,  # qa1, qa2, qa11, qa12, qa13
+    r"where was the \w+ before the \w+": babi.PLACES,  # qa3
+    rf"what is (the \w+ {_SIDE} of|{_SIDE} of the \w+)": babi.PLACES,  # qa4
+    r"who (gave|received) the \w+( to \w+)?": babi.LABELS["qa5"],
+    r"who did \w+ give the \w+ to|what did \w+ give to \w+": babi.LABELS["qa5"],
+    r"how many objects is \w+ carrying": ("none", "one", "two", "three"),  # qa7
+    r"what is \w+ carrying": (*babi.THINGS, "nothing"),  # qa8
+    r"where was \w+ before the \w+": ("bedroom", "cinema", "kitchen", "office", "park", "school"),  # qa14
+    r"what is \w+ afraid of": ("cat", "mouse", "sheep", "wolf"),  # qa15
+    r"what color is \w+": ("gray", "green", "white", "yellow"),  # qa16
+    r"is the [\w ]+ (above|below|to the left of|to the right of) the [\w ]+": _YES_OR_NO,  # qa17
+    r"does the [\w ]+ fit in the [\w ]+|is the [\w ]+ bigger than the [\w ]+": _YES_OR_NO,  # qa18
+    r"how do you go from the \w+ to the \w+": _WAYS,  # qa19
+    r"where will \w+ go|why did \w+ (go to|get) the \w+": (*_GOALS, *_MOODS),  # qa20
+}
+_IS_THERE = r"is \w+ in the \w+"  # of qa6, qa9 and qa10
+_OF_QA10 = frozenset({"bill", "fred", "julie", "cinema", "park", "school", "maybe"})  # beside Mary and places of both
+_OF_QA6_AND_QA9 = frozenset({"daniel", "john", "sandra", "bathroom", "garden", "hallway"})
+_FACT = re.compile(
+    r"\b(Bill|Fred|Julie|Daniel|John|Sandra) (?:is|went|moved|travelled|journeyed)\b[^.]{,40}"
+    r"\bthe (?:bathroom|bedroom|cinema|garden|hallway|kitchen|office|park|school)\."
+)
+
+
 def _babilong(row: Mapping[str, Any]) -> Question:
-    question, target = _text_of("question", row["question"]).strip(), _text_of("target", row["target"]).strip()
-    labels = _labels(question, target)
-    return Question(
-        _text_of("input", row["input"]) + QUESTION.format(question),
-        f" {target}",
-        (
-            Scorer(STRICT, lambda written: float(names_only(published_sentence(written), question, target, labels))),
-            Scorer(LAX, lambda written: float(is_laxly_right(written, target))),
-        ),
-        _BABILONG_TOKENS,
-    )
+    text, question = _text_of("input", row["input"]), _text_of("question", row["question"]).strip()
+    target = _text_of("target", row["target"]).strip()
+    if not all(part.strip() for part in target.split(",")):
+        raise InputError(f"its target is {_shown(target)}, which is empty or has an empty part between commas")
+    scorers = [Scorer(LAX, lambda written: float(is_laxly_right(written, target)))]
+    if labels := _labels(question, target, text):
+
+        def is_strictly_right(written: str) -> float:
+            return float(names_only(published_sentence(written), question, target, labels))
+
+        scorers.insert(0, Scorer(STRICT, is_strictly_right))
+    return Question(text + QUESTION.format(question), f" {target}", tuple(scorers), _BABILONG_TOKENS)
 
 
-def _labels(question: str, target: str) -> tuple[str, ...]:
-    """What the task of a question may be answered with, which its words and its target tell; else the target alone."""
-    if "carrying" in question:
-        return _NUMBERS if "how many" in question.lower() else (*babi.THINGS, "nothing")
-    sets = (*babi.LABELS.values(), _YES_OR_NO, _NUMBERS)
-    return next((labels for labels in sets if target in labels), (target,))
+def _labels(question: str, target: str, text: str) -> tuple[str, ...]:
+    """What the task of a question may be answered with; nothing where no task asks so or has this target."""
+    asked = question.lower().rstrip("? ")
+    if re.fullmatch(_IS_THERE, asked):
+        labels = _yes_or_no({*asked.split(), target.lower()}, text)
+    else:
+        labels = next((labels for words, labels in _ASKED.items() if re.fullmatch(words, asked)), ())
+    return labels if {part.lower() for part in parts(target)} <= {label.lower() for label in labels} else ()
+
+
+def _yes_or_no(words: set[str], text: str) -> tuple[str, ...]:
+    """Whether it may be `maybe` too, which the question's words tell, or else the people of the facts in the text."""
+    known = _OF_QA10 | _OF_QA6_AND_QA9
+    told = words & known or {name.lower() for name in _FACT.findall(text)}
+    if told and told <= _OF_QA10:
+        return ("maybe", *_YES_OR_NO)
+    return _YES_OR_NO if told and told <= _OF_QA6_AND_QA9 else ()
 
 
 _RULER = {  # words of a task's prompt -> its kind; other tasks are needles
@@ -168,17 +210,32 @@ def _ruler(row: Mapping[str, Any]) -> Question:
 
 
 def _answers(row: Mapping[str, Any], field: str) -> list[str]:
-    """Texts of a list that holds at least one."""
+    """Texts of a list that holds at least one, none of them empty."""
     given = row.get(field)
-    if not isinstance(given, list) or not given or not all(isinstance(one, str | int | float) for one in given):
-        raise InputError(f"its {field} are {json.dumps(given, default=str)[:60]}, no list of one text or more")
-    return [str(one) for one in given]
+    if not isinstance(given, list) or not given:
+        raise InputError(f"its {field} are {_shown(given)}, no list of one text or more")
+    for one in given:
+        if isinstance(one, bool) or not isinstance(one, str | int | float):
+            raise InputError(f"{_shown(one)} in its {field} is no text or number")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise InputError(f"{_shown(one)} in its {field} is no finite number")
+    return [_filled(field, str(one)) for one in given]
+
+
+def _filled(field: str, text: str) -> str:
+    if not text.strip():
+        raise InputError(f"{_shown(text)} in its {field} is an empty answer, which cannot be marked")
+    return text
 
 
 def _text_of(field: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise InputError(f"its {field} is {json.dumps(value, default=str)[:60]}, no text")
+        raise InputError(f"its {field} is {_shown(value)}, no text")
     return value
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)[:60]
 
 
 class _DataSet(NamedTuple):
@@ -232,7 +289,7 @@ def _scrolls(row: Mapping[str, Any]) -> Question:
     expected = row["output"]
     if any(one is None for one in expected):
         raise InputError("its output is null, as in test splits, so that nothing can be marked; use another split")
-    expected = [_text_of("output", one) for one in expected]
+    expected = [_filled("output", _text_of("output", one)) for one in expected]
     scorers = (_best(F1, marking.token_f1, expected), _best(EM, marking.exact_match, expected))
     return Question(f"{_text_of('input', row['input'])}\n\n", expected[0], scorers, _SCROLLS_TOKENS)
 

@@ -56,14 +56,18 @@ def material(uri: str | None) -> Material:
     return Material(BYTES, open_held_out(None, BYTES), questions=uri, batch_size=2)
 
 
+def marks(written: str, question: question_files.Question) -> dict[str, float]:
+    return {scorer.metric: scorer.mark(written) for scorer in question.scorers}
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("form", ROWS)
 def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: Path) -> None:
     [question] = question_files.read(write(tmp_path / f"rows.{suffix}", ROWS[form]))
     assert question.prompt == PROMPTS[form]
     assert question.answer == ANSWERS[form]
-    for written, marks in MARKS[form]:
-        assert {scorer.metric: scorer.mark(written) for scorer in question.scorers} == pytest.approx(marks)
+    for written, wanted in MARKS[form]:
+        assert marks(written, question) == pytest.approx(wanted)
     sample = question_files.sample(Scene(BYTES, texts.noise(BYTES)), question, 16)
     assert BYTES.decode(texts.whole(sample.stream)) == PROMPTS[form] + ANSWERS[form]
     assert sample.answers[0].at == len(PROMPTS[form])
@@ -72,9 +76,27 @@ def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: P
 @pytest.mark.parametrize(
     ("question", "target", "written", "strict"),
     [
-        ("Is Mary in the office? ", "no", "No, she is not", 1),
-        ("Is Mary in the office? ", "no", "yes or no", 0),
+        ("Where is Mary? ", "office", "\nOffice<context> garden", 1),
+        ("Where is Mary? ", "office", "office\ngarden", 0),
+        ("Where is Mary? ", "office", "office. garden", 1),
+        ("Where is Mary? ", "office", "office<example>garden", 1),
+        ("Where is Mary? ", "office", "office\nQuestion: Where is the kitchen?", 0),
+        ("Where is the milk? ", "Office", "the office", 1),
+        ("Where is the milk? ", "office", "the office of the cinema", 1),
+        ("Where was the apple before the garden? ", "office", "the office, then the garden", 1),
+        ("Where was the apple before the garden? ", "office", "the office, then the hallway", 0),
+        ("What is the bedroom east of? ", "kitchen", "the kitchen, not the bedroom", 1),
+        ("What is north of the bedroom? ", "kitchen", "kitchen and office", 0),
+        ("What did Fred give to Bill? ", "milk", "milk, says Jeff", 0),
+        ("Who gave the milk to Bill? ", "Fred", "Fred gave the milk to Bill", 1),
+        ("Who received the milk? ", "Fred", "Fred or Jeff", 0),
+        ("Who did Jeff give the milk to? ", "Fred", "Jeff gave it to fred", 1),
+        ("Is Sandra in the office? ", "no", "No, she is not", 1),
+        ("Is Sandra in the office? ", "no", "no, maybe", 1),
+        ("Is Mary in the hallway? ", "no", "yes or no", 0),
         ("Is Bill in the kitchen? ", "maybe", "Maybe", 1),
+        ("Is Bill in the kitchen? ", "no", "no, maybe", 0),
+        ("Is Mary in the park? ", "no", "no, maybe", 0),
         ("How many objects is Mary carrying? ", "two", "two", 1),
         ("How many objects is Mary carrying? ", "two", "one or two", 0),
         ("How many objects is Mary carrying? ", "two", "two, the apple and the milk", 1),
@@ -84,11 +106,25 @@ def test_a_published_row_is_asked_and_marked(form: str, suffix: str, tmp_path: P
         ("What is Mary carrying? ", "apple,football", "apple, football, milk", 0),
         ("What is Mary carrying? ", "nothing", "nothing", 1),
         ("What is Mary carrying? ", "milk", "milk or nothing", 0),
-        ("What did Fred give to Bill? ", "milk", "milk, says Jeff", 0),
-        ("Where is Mary? ", "office", "\nOffice<context> garden", 1),
-        ("Where is Mary? ", "office", "office\ngarden", 0),
-        ("Where is Mary? ", "office", "office. garden", 1),
-        ("Where is Mary? ", "office", "office<example>garden", 1),
+        ("Where was Julie before the school? ", "office", "the office, not the cinema", 0),
+        ("Where was Julie before the school? ", "park", "the park, before the school", 1),
+        ("Where was Julie before the school? ", "kitchen", "kitchen of the hallway", 1),
+        ("What is Gertrude afraid of? ", "wolf", "the wolf, the garden", 1),
+        ("What is Gertrude afraid of? ", "wolf", "the wolf and the cat", 0),
+        ("What color is Lily? ", "gray", "gray", 1),
+        ("What color is Lily? ", "gray", "gray or green", 0),
+        ("Is the pink rectangle to the left of the red square? ", "yes", "yes, maybe", 1),
+        ("Is the triangle above the pink rectangle? ", "yes", "yes or no", 0),
+        ("Does the box of chocolates fit in the chest? ", "no", "no", 1),
+        ("Is the box bigger than the suitcase? ", "no", "yes", 0),
+        ("How do you go from the garden to the office? ", "s,e", "go s,e", 1),
+        ("How do you go from the garden to the office? ", "s,e", "s,e or n,e", 0),
+        ("How do you go from the garden to the office? ", "s,e", "e,s", 0),
+        ("Why did sumit go to the kitchen? ", "hungry", "hungry, so he went to the kitchen", 1),
+        ("Why did sumit go to the kitchen? ", "hungry", "hungry and bored", 0),
+        ("Why did yann get the milk? ", "thirsty", "thirsty", 1),
+        ("Where will jason go? ", "kitchen", "kitchen, tired", 0),
+        ("Where will jason go? ", "kitchen", "kitchen, office", 1),
     ],
 )
 def test_babilongs_strict_mark_is_by_the_labels_of_the_task(
@@ -96,7 +132,48 @@ def test_babilongs_strict_mark_is_by_the_labels_of_the_task(
 ) -> None:
     row = {"input": "Long ago.", "question": question, "target": target}
     [found] = question_files.read(write(tmp_path / "rows.jsonl", row))
-    assert {scorer.metric: scorer.mark(written) for scorer in found.scorers}["strict"] == strict
+    assert marks(written, found)["strict"] == strict
+
+
+@pytest.mark.parametrize(
+    ("text", "strict"),
+    [
+        ("Fred is either in the school or the park. Long ago, John slept.", {"strict": 0}),
+        ("Daniel went back to the bedroom. Long ago. Bill sang.", {"strict": 1}),
+        ("Fred is in the park. John moved to the hallway.", {}),
+        ("Mary is in the kitchen.", {}),
+    ],
+)
+def test_whether_maybe_is_an_answer_is_told_by_the_facts_where_the_question_does_not(
+    text: str, strict: dict[str, float], tmp_path: Path
+) -> None:
+    row = {"input": text, "question": "Is Mary in the kitchen?", "target": "yes"}
+    [found] = question_files.read(write(tmp_path / "rows.jsonl", row))
+    assert marks("yes, maybe", found) == {**strict, "lax": 1}
+
+
+@pytest.mark.parametrize(
+    ("question", "target"),
+    [
+        ("Where does Mary live?", "office"),
+        ("Where is Mary?", "cinema"),
+        ("What color is Lily?", "red"),
+        ("Is Mary in the hallway?", "maybe"),
+        ("How do you go from the garden to the office?", "s,n"),
+    ],
+)
+def test_a_question_of_no_known_task_has_no_strict_mark(question: str, target: str, tmp_path: Path) -> None:
+    row = {"input": "Long ago.", "question": question, "target": target}
+    [found] = question_files.read(write(tmp_path / "rows.jsonl", row))
+    assert marks(f"It is {target}.", found) == {"lax": 1}
+
+
+def test_a_way_is_named_as_a_whole_and_a_list_by_its_parts(tmp_path: Path) -> None:
+    way = {"input": "Long ago.", "question": "How do you go from the garden to the office?", "target": "s,e"}
+    things = {"input": "Long ago.", "question": "What is Mary carrying?", "target": "apple,milk"}
+    one, other = question_files.read(write(tmp_path / "rows.jsonl", way, things))
+    assert marks("I have no idea, sorry", one) == {"strict": 0, "lax": 0}
+    assert marks("milk, an apple", other) == {"strict": 1, "lax": 1}
 
 
 def test_a_prefix_of_ruler_that_is_null_is_none(tmp_path: Path) -> None:
@@ -129,7 +206,7 @@ def test_rulers_tasks_are_told_by_their_prompts(
 
 
 @pytest.mark.parametrize(
-    ("data_set", "answers", "written", "marks", "num_tokens"),
+    ("data_set", "answers", "written", "wanted", "num_tokens"),
     [
         ("hotpotqa", ["the cat"], " Cat\nmore", {"f1": 1, "exact_match": 1}, 32),
         ("narrativeqa", ["a cat"], "a cat sat", {"f1": 2 / 3, "exact_match": 0}, 128),
@@ -148,11 +225,11 @@ def test_rulers_tasks_are_told_by_their_prompts(
     ],
 )
 def test_longbench_is_marked_by_its_data_set(
-    data_set: str, answers: list[str], written: str, marks: dict[str, float], num_tokens: int, tmp_path: Path
+    data_set: str, answers: list[str], written: str, wanted: dict[str, float], num_tokens: int, tmp_path: Path
 ) -> None:
     row = {**ROWS["longbench"], "dataset": data_set, "answers": answers, "all_classes": ["animal", "city", "city name"]}
     [question] = question_files.read(write(tmp_path / "rows.jsonl", row))
-    assert {scorer.metric: scorer.mark(written) for scorer in question.scorers} == pytest.approx(marks)
+    assert marks(written, question) == pytest.approx(wanted)
     assert question.max_new_tokens == num_tokens
 
 
@@ -225,6 +302,23 @@ def test_a_file_is_measured_with_each_memory_and_longer_rows_are_counted(tmp_pat
         (['{"a": ' * 5000], ["line 1 is no JSON"]),
         ([{**ROWS["ruler"], "outputs": []}], ["row 1", "its outputs are []", "no list of one text or more"]),
         ([{**ROWS["ruler"], "outputs": "12"}], ["row 1", 'its outputs are "12"']),
+        ([{**ROWS["ruler"], "outputs": [""]}], ["row 1", '"" in its outputs is an empty answer']),
+        ([{**ROWS["ruler"], "outputs": ["12", " \t"]}], ["row 1", r'" \t" in its outputs is an empty answer']),
+        ([{**ROWS["ruler"], "outputs": [True]}], ["row 1", "true in its outputs is no text or number"]),
+        ([{**ROWS["ruler"], "outputs": ["12", None]}], ["row 1", "null in its outputs is no text or number"]),
+        ([{**ROWS["ruler"], "outputs": [float("nan")]}], ["row 1", "NaN in its outputs is no finite number"]),
+        ([{**ROWS["ruler"], "outputs": [float("-inf")]}], ["row 1", "-Infinity in its outputs is no finite number"]),
+        ([{**ROWS["longbench"], "answers": ["", "x"]}], ["row 1", '"" in its answers is an empty answer']),
+        ([{**ROWS["longbench"], "answers": [""]}], ["row 1", '"" in its answers is an empty answer']),
+        (
+            [{**ROWS["longbench"], "dataset": "trec", "all_classes": ["the cat", ""]}],
+            ["row 1", '"" in its all_classes is an empty answer'],
+        ),
+        ([{**ROWS["babilong"], "target": " "}], ["row 1", 'its target is ""', "empty"]),
+        ([{**ROWS["babilong"], "target": ","}], ["row 1", 'its target is ","', "empty part"]),
+        ([{**ROWS["babilong"], "target": "apple, "}], ["row 1", 'its target is "apple,"', "empty part"]),
+        ([{**ROWS["scrolls"], "output": " "}], ["row 1", '" " in its output is an empty answer']),
+        ([ROWS["scrolls"], {**ROWS["scrolls"], "output": ""}], ["row 1", '"" in its output is an empty answer']),
         ([{**ROWS["longbench"], "answers": "cat"}], ["row 1", 'its answers are "cat"']),
         ([ROWS["scrolls"], {**ROWS["scrolls"], "id": "2", "output": ""}], ["row 2", "empty answer"]),
         ([{**ROWS["scrolls"], "output": None}], ["row 1", "output is null", "another split"]),
