@@ -7,13 +7,22 @@ A file is JSON lines, a JSON array or Parquet. Its form is known by its fields:
     LongBench   context, input, answers, dataset, all_classes
     SCROLLS     id, pid, input, output; rows of one id are one question with several references
 
-What is written freely is marked as published, in as many tokens as published, whatever the tokenizer: BABILong laxly,
-and strictly where its question tells the task (labels as words: see `babilong`); RULER by the share of its outputs that
-occur, or, in `qa_1` and `qa_2`, by any of them; LongBench by its data sets' own marks (see `marking`; F1 for data sets
-of others);
-SCROLLS's questions by F1 and exact match with the best reference (its summaries too, which are published with ROUGE).
-To the letter the first reference is asked for, and of RULER all outputs. Prompts of LongBench end with `Question: ...
-Answer:` for every data set but those of code, whose next line follows it, and those without a question.
+What is written freely is marked as published, in as many tokens as published, whatever the tokenizer:
+
+    BABILong    laxly, by whether the target occurs, or all parts of a list; and strictly, by the labels of the task (as
+                words: see `babilong`), which its question tells. A question that does not has no strict mark
+    RULER       by the share of its outputs that occur; in `qa_1` and `qa_2`, by any of them
+    LongBench   by the best reference, with its data sets' own marks (see `marking`; F1 for data sets of others), and by
+                exact match beside F1
+    SCROLLS     by F1 and exact match with the best reference; files of summaries, which are those whose references have
+                30 words or more on average, by ROUGE-1, -2 and -L and the geometric mean of the three over the file
+
+Deviation: where all references of a question are one line, F1 and exact match are of the first line written, as models
+write on; published for LongBench's sets of examples alone (trec, triviaqa, samsum, lsht). To the letter the first
+reference is asked for, and of RULER all outputs.
+
+Prompts of LongBench end with `Question: ... Answer:` for every data set but those of code, whose next line follows it,
+and those without a question.
 
 At `length` tokens all questions count that have at most so many, their answers included, short ones too; how many are
 longer is a figure of its own, and nothing is cut. The text of the whole file lies in memory, and the tokens of a batch
@@ -43,10 +52,13 @@ from pipelines.tasks.ruler import MATCH, NEW_TOKENS, string_match
 from pipelines.tasks.samples import Answer, Sample, Scene, Scorer
 from rmt_core import RecurrentModel
 
-F1, EM, ROUGE_L, LONGER = "f1", "exact_match", "rouge_l", "num_longer"
+F1, EM, LONGER = "f1", "exact_match", "num_longer"
+ROUGE = ROUGE_1, ROUGE_2, ROUGE_L = "rouge_1", "rouge_2", "rouge_l"
+ROUGE_MEAN = "rouge_mean"  # geometric, of a file's three means
 CLASSES, NUMBERS, EDITS = "classification", "numbers", "edit_similarity"
 
-_BABILONG_TOKENS, _SCROLLS_TOKENS = 20, 256
+_BABILONG_TOKENS, _SCROLLS_TOKENS, _SUMMARY_TOKENS = 20, 256, 1024
+_SUMMARY_WORDS = 30  # of a file's references on average: SCROLLS's summaries have 70 to 500, its answers 1 to 12
 
 
 class Question(NamedTuple):
@@ -244,6 +256,7 @@ class _DataSet(NamedTuple):
     metric: str
     mark: Callable[..., float]  # of what was written, an expected answer and, where it classifies, all classes
     max_new_tokens: int
+    is_same: Callable[[str, str], float] = marking.exact_match  # beside F1
 
 
 _OTHER = _DataSet(F1, marking.token_f1, 64)
@@ -251,9 +264,9 @@ _LONGBENCH = {
     **dict.fromkeys(("narrativeqa", "qasper"), _DataSet(F1, marking.token_f1, 128)),
     "multifieldqa_en": _DataSet(F1, marking.token_f1, 64),
     **dict.fromkeys(("hotpotqa", "2wikimqa", "musique", "triviaqa"), _DataSet(F1, marking.token_f1, 32)),
-    "multifieldqa_zh": _DataSet(F1, marking.character_f1, 64),
+    "multifieldqa_zh": _DataSet(F1, marking.character_f1, 64, marking.character_exact_match),
     **dict.fromkeys(("gov_report", "qmsum", "multi_news"), _DataSet(ROUGE_L, marking.rouge_l, 512)),
-    "samsum": _DataSet(ROUGE_L, marking.rouge_l_of_line, 128),
+    "samsum": _DataSet(ROUGE_L, marking.rouge_l, 128),
     "dureader": _DataSet(ROUGE_L, marking.character_rouge_l, 128),
     "vcsum": _DataSet(ROUGE_L, marking.character_rouge_l, 512),
     **dict.fromkeys(("trec", "lsht"), _DataSet(CLASSES, marking.class_share, 64)),
@@ -264,9 +277,12 @@ _LONGBENCH = {
 }
 
 
+_EXAMPLES = ("trec", "triviaqa", "samsum", "lsht")  # of answered examples, and as their input one that is not
+
+
 def _longbench(row: Mapping[str, Any]) -> Question:
-    context, question = _text_of("context", row["context"]), _text_of("input", row["input"])
     expected, name = _answers(row, "answers"), str(row.get("dataset")).removesuffix("_e")
+    context, question = _text_of("context", row["context"]), _text_of("input", row["input"])
     data_set = _LONGBENCH.get(name, _OTHER)
     if data_set.metric == EDITS:
         prompt, answer = context + question, expected[0]  # code, and its next line
@@ -279,9 +295,10 @@ def _longbench(row: Mapping[str, Any]) -> Question:
         require_extra("rouge", job=f"LongBench's {name}")
     if data_set.metric == CLASSES:
         mark = partial(mark, classes=_answers(row, "all_classes"))
-    scorers = [_best(data_set.metric, mark, expected)]
+    of_line = name in _EXAMPLES or (data_set.metric == F1 and _are_lines(expected))
+    scorers = [_best(data_set.metric, mark, expected, of_line=of_line)]
     if data_set.metric == F1:
-        scorers.append(_best(EM, marking.exact_match, expected))
+        scorers.append(_best(EM, data_set.is_same, expected, of_line=of_line))
     return Question(prompt, answer, tuple(scorers), data_set.max_new_tokens)
 
 
@@ -290,24 +307,47 @@ def _scrolls(row: Mapping[str, Any]) -> Question:
     if any(one is None for one in expected):
         raise InputError("its output is null, as in test splits, so that nothing can be marked; use another split")
     expected = [_filled("output", _text_of("output", one)) for one in expected]
-    scorers = (_best(F1, marking.token_f1, expected), _best(EM, marking.exact_match, expected))
-    return Question(f"{_text_of('input', row['input'])}\n\n", expected[0], scorers, _SCROLLS_TOKENS)
+    prompt = f"{_text_of('input', row['input'])}\n\n"
+    if row["is_summarised"]:
+        require_extra("rouge", job="marking SCROLLS's summaries")
+        marks = zip(ROUGE, (marking.rouge_1, marking.rouge_2, marking.rouge_l), strict=True)
+        return Question(prompt, expected[0], tuple(_best(*mark, expected) for mark in marks), _SUMMARY_TOKENS)
+    of_line = _are_lines(expected)
+    scorers = (
+        _best(F1, marking.token_f1, expected, of_line=of_line),
+        _best(EM, marking.exact_match, expected, of_line=of_line),
+    )
+    return Question(prompt, expected[0], scorers, _SCROLLS_TOKENS)
 
 
 def _by_id(rows: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """A row for each id (and input), whose output is a list, by the number of its first row."""
+    """A row for each id (and input), whose output is a list, by the number of its first row.
+
+    What they are, answers or summaries, is told by the length of all outputs together.
+    """
+    lengths = [len(row["output"].split()) for row in rows.values() if isinstance(row["output"], str)]
+    told = {"is_summarised": bool(lengths) and sum(lengths) >= _SUMMARY_WORDS * len(lengths)}
     first: dict[Any, int] = {}
     found: dict[int, dict[str, Any]] = {}
     for number, row in rows.items():
         key = tuple(part if isinstance(part, str) else repr(part) for part in (row.get("id", number), row["input"]))
-        one = found.setdefault(first.setdefault(key, number), {**row, "output": []})
+        one = found.setdefault(first.setdefault(key, number), {**row, **told, "output": []})
         one["output"].append(row["output"])
     return found
 
 
-def _best(metric: str, mark: Callable[[str, str], float], expected: Sequence[str]) -> Scorer:
-    """The mark by the expected answer that it agrees with best."""
-    return Scorer(metric, lambda written: max(mark(written, one) for one in expected))
+def _best(metric: str, mark: Callable[[str, str], float], expected: Sequence[str], *, of_line: bool = False) -> Scorer:
+    """The mark by the expected answer that it agrees with best; of the first line written, or of all."""
+
+    def best(written: str) -> float:
+        read = marking.first_line(written) if of_line else written
+        return max(mark(read, one) for one in expected)
+
+    return Scorer(metric, best)
+
+
+def _are_lines(expected: Sequence[str]) -> bool:
+    return not any("\n" in one.strip() for one in expected)
 
 
 class _Form(NamedTuple):
@@ -343,7 +383,7 @@ class FileTask:
     def measure(self, model: RecurrentModel, length: int, material: Material) -> list[Figure]:
         samples, num_longer = self._samples(length, model.segment_len, material)
         found = measured(model, len(samples), lambda index: samples[index], material)
-        return [*found, Figure(LONGER, num_longer)]
+        return [*found, *_rouge_means(found), Figure(LONGER, num_longer)]
 
     def _samples(self, length: int, segment_len: int, material: Material) -> tuple[list[Sample], int]:
         """Those that count, and how many rows are longer."""
@@ -360,6 +400,16 @@ class FileTask:
             shortest = min(row.num_tokens for row in rows)
             raise InputError(f"file at length {length}: the shortest row of {material.questions} has {shortest} tokens")
         return counted, len(rows) - len(counted)
+
+
+def _rouge_means(figures: Sequence[Figure]) -> list[Figure]:
+    """The geometric means of the three of ROUGE where they were measured, by memory, without intervals."""
+    found = []
+    for first in (figure for figure in figures if figure.metric == ROUGE_1):
+        three = [figure.value for figure in figures if figure.metric in ROUGE and figure.memory == first.memory]
+        mean = math.prod(three) ** (1 / len(three))
+        found.append(first._replace(metric=ROUGE_MEAN, value=mean, low=None, high=None))
+    return found
 
 
 def sample(scene: Scene, question: Question, segment_len: int) -> Sample:

@@ -281,6 +281,18 @@ def test_what_only_one_was_asked_beside_keeps_no_seeds_apart(
     assert "Not the same questions" not in Path(found["table"]).read_text()
 
 
+def test_a_mark_without_an_interval_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the mean of ROUGE over a file is."""
+    lines = [
+        {"task": "file", "length": 256, "metric": metric, "memory": kind, "value": value, "num_samples": 4, **about}
+        for metric, value, about in (("rouge_1", 0.5, {"low": 0.2, "high": 0.8}), ("rouge_mean", 0.25, {}))
+        for kind in ("true", "zeroed", "shuffled")
+    ]
+    one, output = evaluation(tmp_path / "one", lines), str(tmp_path / "out")
+    found = run(["--results", one, "--metric", "rouge_mean", "--output", output], capsys)
+    assert row(found, "file: rouge mean, memory rmt", "256")[:3] == ["256", "4", "0.2500"]
+
+
 def test_two_groups_are_named_and_their_paired_difference_has_an_interval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -211,6 +211,11 @@ def test_rulers_tasks_are_told_by_their_prompts(
         ("hotpotqa", ["the cat"], " Cat\nmore", {"f1": 1, "exact_match": 1}, 32),
         ("narrativeqa", ["a cat"], "a cat sat", {"f1": 2 / 3, "exact_match": 0}, 128),
         ("multifieldqa_zh", ["北京市"], "北京。", {"f1": 4 / 5, "exact_match": 0}, 64),
+        ("multifieldqa_zh", ["北京市"], "《北京 市》＋。", {"f1": 1, "exact_match": 1}, 64),
+        ("multifieldqa_zh", ["30℃"], "30", {"f1": 4 / 5, "exact_match": 0}, 64),
+        ("qasper", ["no."], "No\nIt is not.", {"f1": 1, "exact_match": 1}, 128),
+        ("triviaqa", ["one\ntwo"], "one\ntwo", {"f1": 2 / 3, "exact_match": 0}, 32),
+        ("lsht", ["city"], "animal\ncity", {"classification": 0}, 64),
         ("gov_report", ["one two three four"], "one three\nfour five", {"rouge_l": 3 / 4}, 512),
         ("samsum", ["one two three four"], "one three\nfour five", {"rouge_l": 2 / 3}, 128),
         ("vcsum", ["北京市"], "北市", {"rouge_l": 4 / 5}, 512),
@@ -231,6 +236,39 @@ def test_longbench_is_marked_by_its_data_set(
     [question] = question_files.read(write(tmp_path / "rows.jsonl", row))
     assert marks(written, question) == pytest.approx(wanted)
     assert question.max_new_tokens == num_tokens
+
+
+@pytest.mark.parametrize("data_set", ["qasper", "multifieldqa_zh", None])
+def test_a_reference_of_several_lines_is_matched_by_itself(data_set: str | None, tmp_path: Path) -> None:
+    """Of LongBench's data sets, and of SCROLLS."""
+    text, more = "First, a line.\nThen — another.", "Only one line."
+    if data_set is None:
+        rows = [{**ROWS["scrolls"], "output": one} for one in (more, text)]
+    else:
+        rows = [{**ROWS["longbench"], "dataset": data_set, "answers": [more, text]}]
+    [question] = question_files.read(write(tmp_path / "rows.jsonl", *rows))
+    assert marks(text, question) == {"f1": 1, "exact_match": 1}
+    assert marks(f"{more}\nAnd so on", question)["exact_match"] == 0
+
+
+@pytest.mark.parametrize(
+    ("expected", "written", "f1"),
+    [
+        ("the café", "a café!", 1),
+        ("it's", "its", 1),
+        ("5 €", "5", 2 / 3),
+        ("well—known", "wellknown", 0),
+        ("“so”", '"so"', 0),
+        ("the-cat", "the cat", 0),
+        ("another theatre", "other atre", 0),
+        ("half–a–mile", "half– –mile", 1),
+    ],
+)
+def test_of_words_only_asciis_punctuation_and_whole_articles_are_left_out(
+    expected: str, written: str, f1: float, tmp_path: Path
+) -> None:
+    [question] = question_files.read(write(tmp_path / "rows.jsonl", {**ROWS["scrolls"], "output": expected}))
+    assert marks(written, question) == pytest.approx({"f1": f1, "exact_match": float(f1 == 1)})
 
 
 @pytest.mark.parametrize(
@@ -267,6 +305,46 @@ def test_rows_of_an_id_are_references_of_one_question(tmp_path: Path) -> None:
     first, second = question_files.read(write(tmp_path / "rows.jsonl", *rows))
     assert first.answer == second.answer == "It ends."
     assert [[scorer.mark("here") for scorer in one.scorers] for one in (first, second)] == [[1, 1], [0, 0]]
+
+
+SHORT, LONG = "One two three.", "One two three four five six. " * 8
+
+
+def test_files_of_summaries_are_marked_by_rouge(tmp_path: Path) -> None:
+    rows = [{**ROWS["scrolls"], "output": LONG}, {**ROWS["scrolls"], "id": "2", "output": SHORT}]  # 48 and 3 words
+    short = question_files.read(write(tmp_path / "short.jsonl", *rows))
+    assert {marks(SHORT, one).keys() == {"f1", "exact_match"} for one in short} == {True}
+    rows += [{**ROWS["scrolls"], "id": "2", "output": LONG}]  # 33 on average
+    [first, second] = question_files.read(write(tmp_path / "long.jsonl", *rows))
+    assert (first.max_new_tokens, second.max_new_tokens) == (1024, 1024)
+    assert marks("Two one\nfour.", second) == pytest.approx({"rouge_1": 2 * 2 / 6, "rouge_2": 0, "rouge_l": 2 * 1 / 6})
+    assert marks("two\n\nthree", second) == pytest.approx({"rouge_1": 4 / 5, "rouge_2": 2 / 3, "rouge_l": 4 / 5})
+    assert marks(LONG, first) == {"rouge_1": 1, "rouge_2": 1, "rouge_l": 1}
+
+
+def test_scrolls_summaries_are_refused_without_rouge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    uri = write(tmp_path / "rows.jsonl", {**ROWS["scrolls"], "output": LONG})
+    with pytest.raises(InputError, match=r"row 1: marking SCROLLS's summaries needs rouge_score.*pip install"):
+        question_files.read(uri)
+
+
+def test_the_mean_of_rouge_is_the_geometric_one_of_the_files_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With marks of what was written that are told here; all the rest is measured."""
+    told = iter([0.8, 0.2, 0.5] + [0.4, 0.0, 0.3] + [0.1] * 12)
+    for measure in ("rouge_1", "rouge_2", "rouge_l"):
+        monkeypatch.setattr(question_files.marking, measure, lambda written, expected: next(told))
+    monkeypatch.setattr(question_files, "_SUMMARY_TOKENS", 2)
+    uri = write(tmp_path / "rows.jsonl", *[{**ROWS["scrolls"], "id": name, "output": LONG} for name in "ab"])
+    figures = TASKS["file"].measure(tiny_model(RMT, segment_len=16, vocab_size=257), 400, material(uri))
+    found = {(one.metric, one.memory): one for one in figures}
+    mean = found["rouge_mean", "true"]
+    assert mean.value == pytest.approx((0.6 * 0.1 * 0.4) ** (1 / 3))
+    assert (mean.num_samples, mean.low, mean.high) == (2, None, None)
+    assert found["rouge_mean", "zeroed"].value == pytest.approx(0.1)
+    assert {memory for metric, memory in found if metric == "rouge_mean"} == set(MEMORIES)
 
 
 def test_how_much_is_written_does_not_depend_on_the_answer(tmp_path: Path) -> None:
