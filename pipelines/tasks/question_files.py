@@ -21,8 +21,10 @@ Deviation: where all references of a question are one line, F1 and exact match a
 write on; published for LongBench's sets of examples alone (trec, triviaqa, samsum, lsht). To the letter the first
 reference is asked for, and of RULER all outputs.
 
-Prompts of LongBench end with `Question: ... Answer:` for every data set but those of code, whose next line follows it,
-and those without a question.
+Texts are asked about as in the files, but BABILong's and LongBench's published instructions and examples stand in no
+file, and the wording around their texts is our own: figures are not those of published tables. Questions of both stand
+between `Question:` and `Answer:`, those too that ask for LongBench's summaries, counts and passages; its sets of
+examples end with their last one, unanswered, and code with itself.
 
 At `length` tokens all questions count that have at most so many, their answers included, short ones too; how many are
 longer is a figure of its own, and nothing is cut. The text of the whole file lies in memory, and the tokens of a batch
@@ -278,18 +280,21 @@ _LONGBENCH = {
 
 
 _EXAMPLES = ("trec", "triviaqa", "samsum", "lsht")  # of answered examples, and as their input one that is not
+_QUESTIONS = {  # of data sets whose input asks nothing
+    "passage_count": "How many different paragraphs are there above, each counted once however often it comes?",
+    "passage_retrieval_en": "Which paragraph above does the following text sum up? Name it as in `Paragraph 1`.",
+    "passage_retrieval_zh": "以下文字概括的是上面的哪个段落？请按“段落1”的形式写出编号。",
+    "gov_report": "What does this report say? Sum it up in some paragraphs.",
+    "multi_news": "What do these articles report together? Sum them up in some paragraphs.",
+    "vcsum": "这次会议谈了哪些内容？请概括成一段话。",
+}
 
 
 def _longbench(row: Mapping[str, Any]) -> Question:
     expected, name = _answers(row, "answers"), str(row.get("dataset")).removesuffix("_e")
-    context, question = _text_of("context", row["context"]), _text_of("input", row["input"])
+    prompt = _longbench_prompt(name, _text_of("context", row["context"]), _text_of("input", row["input"]))
     data_set = _LONGBENCH.get(name, _OTHER)
-    if data_set.metric == EDITS:
-        prompt, answer = context + question, expected[0]  # code, and its next line
-    elif question:
-        prompt, answer = f"{context}\n\nQuestion: {question}\nAnswer:", f" {expected[0]}"
-    else:
-        prompt, answer = f"{context}\n\n", expected[0]
+    follows = data_set.metric == EDITS or prompt[-1:].isspace() or prompt.endswith("：")  # with no space between
     mark = data_set.mark
     if data_set.metric == ROUGE_L:
         require_extra("rouge", job=f"LongBench's {name}")
@@ -299,7 +304,17 @@ def _longbench(row: Mapping[str, Any]) -> Question:
     scorers = [_best(data_set.metric, mark, expected, of_line=of_line)]
     if data_set.metric == F1:
         scorers.append(_best(EM, data_set.is_same, expected, of_line=of_line))
+    answer = expected[0] if follows else f" {expected[0]}"
     return Question(prompt, answer, tuple(scorers), data_set.max_new_tokens)
+
+
+def _longbench_prompt(name: str, context: str, given: str) -> str:
+    if name in ("lcc", "repobench-p"):
+        return context + given  # code, whose next line follows
+    if name in _EXAMPLES:
+        return f"{context}\n{given}"
+    question = "\n".join(part for part in (_QUESTIONS.get(name), given) if part)
+    return f"{context}\n\nQuestion: {question}\nAnswer:" if question else f"{context}\n\n"
 
 
 def _scrolls(row: Mapping[str, Any]) -> Question:

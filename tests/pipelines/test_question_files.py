@@ -287,6 +287,45 @@ def test_code_and_texts_without_a_question_are_gone_on_with(
     assert (found.prompt, found.answer) == (prompt, answer)
 
 
+@pytest.mark.parametrize(
+    ("data_set", "context", "given", "prompt", "answer"),
+    [
+        ("trec", "Question: Who?\nType: Person", "Question: Where?\nType:",
+         "Question: Who?\nType: Person\nQuestion: Where?\nType:", " city"),
+        ("triviaqa", "Passage: a", "Passage: b\nAnswer:\n", "Passage: a\nPassage: b\nAnswer:\n", "city"),
+        ("samsum_e", "Dialogue: a", "Dialogue: b\nSummary: ", "Dialogue: a\nDialogue: b\nSummary: ", "city"),
+        ("lsht", "新闻：甲\n类别：乙", "新闻：丙\n类别：", "新闻：甲\n类别：乙\n新闻：丙\n类别：", "city"),
+    ],
+)  # fmt: skip
+def test_sets_of_examples_end_with_the_one_to_be_answered(
+    data_set: str, context: str, given: str, prompt: str, answer: str, tmp_path: Path
+) -> None:
+    row = {"context": context, "input": given, "answers": ["city"], "dataset": data_set, "all_classes": ["city"]}
+    [found] = question_files.read(write(tmp_path / "rows.jsonl", row))
+    assert (found.prompt, found.answer) == (prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("data_set", "given", "asks"),
+    [
+        ("passage_count", "", "How many different paragraphs"),
+        ("passage_retrieval_en_e", "It is short.", "Which paragraph"),
+        ("passage_retrieval_zh", "很短。", "哪个段落"),
+        ("gov_report", "", "Sum it up"),
+        ("multi_news_e", "", "Sum them up"),
+        ("vcsum", "", "概括"),
+    ],
+)
+def test_a_data_set_without_questions_is_asked_one(data_set: str, given: str, asks: str, tmp_path: Path) -> None:
+    row = {"context": "A text.", "input": given, "answers": ["1"], "dataset": data_set}
+    [found] = question_files.read(write(tmp_path / "rows.jsonl", row))
+    start, question = found.prompt.split("\n\nQuestion: ")
+    assert start == "A text."
+    assert asks in question
+    assert question.endswith(f"\n{given}\nAnswer:" if given else "\nAnswer:")
+    assert found.answer == " 1"
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     for content in (json.dumps([ROWS["babilong"]], indent=1), json.dumps(ROWS["babilong"])):
         (tmp_path / "rows.json").write_text(content, encoding="utf-8-sig")
