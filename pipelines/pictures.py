@@ -17,7 +17,7 @@ if __name__ == "__main__":  # run as a file: import from the repository root, no
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -94,7 +94,14 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
     refuse_runs(output)
     model, tokenizer = load(uri, config.device)
     texts = _texts(config, model, tokenizer)
-    chosen = _chosen(config, model, texts)
+    chosen = _chosen(
+        config,
+        {
+            "slots": lambda: _check_slots(model, texts),
+            "attention": lambda: _check_attention(model, texts),
+            "writes": lambda: _told(config, model, tokenizer),
+        },
+    )
     task = in_background(config.task, [config.background] if _has_background(config.task) else [])
     about = f"{uri.rpartition('/')[2]}: {task}, texts of {config.length:,} tokens"
     files: dict[str, bytes] = {}
@@ -103,14 +110,14 @@ def draw(config: PicturesConfig) -> dict[str, Any]:
     if "attention" in chosen:
         files |= _attention(config, model, texts, about)
     if "writes" in chosen:
-        files |= _writes(config, model, tokenizer, about)
+        files |= _writes(config, model, chosen["writes"], tokenizer, about)
     end = _about_model(config, model, about).encode()
     for name, data in files.items():
         storage.write_bytes(storage.join(output, name), data + end if name in TABLES else data)
     for name in [name for name in storage.list_names(output) if name in OWN_NAMES and name not in files]:
         log.info("%s of earlier pictures is deleted", storage.join(output, name))
         storage.delete(storage.join(output, name))
-    return {"output": output, "pictures": chosen, "files": [storage.join(output, name) for name in files]}
+    return {"output": output, "pictures": list(chosen), "files": [storage.join(output, name) for name in files]}
 
 
 def _about_model(config: PicturesConfig, model: RecurrentModel, about: str) -> str:
@@ -119,21 +126,19 @@ def _about_model(config: PicturesConfig, model: RecurrentModel, about: str) -> s
     return f"\n{which} {in_words(origin())}:\n\n    {as_command('pictures', config)}\n"
 
 
-def _chosen(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts) -> list[str]:
-    """What is drawn. InputError where the memory or the texts do not allow what was asked for, or anything."""
-    refusals = {}
-    for name, check in (("slots", _check_slots), ("attention", _check_attention), ("writes", _check_writes)):
+def _chosen(config: PicturesConfig, checks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What is drawn, with what its check has made. InputError where what was asked for, or anything, is not allowed."""
+    made, refusals = {}, {}
+    for name in config.pictures or checks:
         try:
-            check(model, texts)
+            made[name] = checks[name]()
         except InputError as error:
             refusals[name] = str(error)
-    wanted = list(config.pictures) or ["slots", "attention", "writes"]
-    refused = [refusals[name] for name in wanted if name in refusals]
-    if refused and (config.pictures or len(refused) == len(wanted)):
-        raise InputError("; ".join(refused))
-    for reason in refused:
+    if refusals and (config.pictures or not made):
+        raise InputError("; ".join(refusals.values()))
+    for reason in refusals.values():
         log.info("left out: %s", reason)
-    return [name for name in wanted if name not in refusals]
+    return made
 
 
 def _check_slots(model: RecurrentModel, texts: slots.Texts) -> None:
@@ -149,8 +154,16 @@ def _check_attention(model: RecurrentModel, texts: slots.Texts) -> None:
         raise InputError(f"attention: memory {kinds} has no rows to read or write; use rmt or armt")
 
 
-def _check_writes(model: RecurrentModel, texts: slots.Texts) -> None:
-    writes.check(model)
+def _told(config: PicturesConfig, model: RecurrentModel, tokenizer: Tokenizer) -> writes.Told:
+    """Texts with their facts anywhere. InputError where the memory or the task do not allow it."""
+    wanted = Wanted(config.length, model.segment_len)
+    try:
+        writes.check(model)
+        return writes.make_texts(
+            config.task, tokenizer, _background(config, tokenizer), wanted, config.num_texts, config.seed
+        )
+    except InputError as error:
+        raise InputError(f"writes: {error}") from error
 
 
 def _background(config: PicturesConfig, tokenizer: Tokenizer) -> Background:
@@ -173,10 +186,9 @@ def _slots(config: PicturesConfig, model: RecurrentModel, texts: slots.Texts, ab
     }
 
 
-def _writes(config: PicturesConfig, model: RecurrentModel, tokenizer: Tokenizer, about: str) -> dict[str, bytes]:
-    wanted = Wanted(config.length, model.segment_len)
-    background = _background(config, tokenizer)
-    told = writes.make_texts(config.task, tokenizer, background, wanted, config.num_texts, config.seed)
+def _writes(
+    config: PicturesConfig, model: RecurrentModel, told: writes.Told, tokenizer: Tokenizer, about: str
+) -> dict[str, bytes]:
     found = writes.record(model, told, tokenizer, config.batch_size)
     return {
         WRITES_PLOT: writes_picture.plot(found, f"{about}: where the memory is written"),

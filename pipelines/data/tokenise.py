@@ -295,8 +295,16 @@ def _without_prefix_space(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "pre_tokenizer": fixed(content.get("pre_tokenizer"))}
 
 
+_DROP_SPACES = {"WhitespaceSplit", "Whitespace", "BertPreTokenizer", "Strip"}  # so that marks stand for them
+
+
 def _without_mark(content: dict[str, Any]) -> dict[str, Any]:
-    """Without the mark of a space that is put before a text; what takes it away again in decoding is left there."""
+    """Without the mark of a space that is put before a text; what takes it away again in decoding is left there.
+
+    Unchanged where spaces are dropped, and every word is marked in their place.
+    """
+    if _DROP_SPACES.intersection([*_types(content.get("normalizer")), *_types(content.get("pre_tokenizer"))]):
+        return content
     return {**content, **{name: _unmarked(content.get(name)) for name in ("normalizer", "pre_tokenizer")}}
 
 

@@ -37,7 +37,7 @@ class Story(NamedTuple):
     facts: list[str]
     question: str
     answer: str  # one of the task's labels
-    together: list[tuple[str, str]]  # questions with their answers, in any order, of which none tells another's answer
+    together: list[tuple[str, str]]  # questions with their answers, in an order in which none tells a later answer
 
 
 class Gift(NamedTuple):
@@ -140,7 +140,10 @@ def _num_facts(task: str, generator: np.random.Generator) -> int:
 
 
 def _one_of_each(task: str, found: list[tuple[str, str]], generator: np.random.Generator) -> list[tuple[str, str]]:
-    """In any order, one question about each person (`qa1`) or thing, and about the last gift of each thing (`qa5`)."""
+    """One question about each person (`qa1`) or thing, or about the last gift of each thing (`qa5`), in any order.
+
+    But what was given is asked first: it is one of the things that are not asked about.
+    """
     if task in ("qa1", "qa2"):
         return [found[i] for i in generator.permutation(len(found))]
     about: dict[str, tuple[str, str]] = {}
@@ -148,7 +151,7 @@ def _one_of_each(task: str, found: list[tuple[str, str]], generator: np.random.G
         question, answer = found[i]
         thing = next(thing for thing in THINGS if thing in question or thing == answer)
         about.setdefault(thing, (question, answer))
-    return list(about.values())
+    return sorted(about.values(), key=lambda pair: pair[1] not in THINGS)
 
 
 def choices(question: str, answer: str) -> list[str]:

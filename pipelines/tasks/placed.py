@@ -49,7 +49,9 @@ def head(stream: Stream, num: int) -> np.ndarray:
 
 
 def find(stream: Stream, wanted: np.ndarray) -> int:
-    """Where the tokens `wanted` stand in a text for the first time. InputError where they do not."""
+    """Where the tokens `wanted` stand in a text for the first time. InputError where they do not, or are none."""
+    if not len(wanted):
+        raise InputError("the facts have one place only; use a longer --length")
     for start, text in _overlapping(stream, len(wanted) - 1):
         for at in np.flatnonzero(text == wanted[0]).tolist():
             if np.array_equal(text[at : at + len(wanted)], wanted):

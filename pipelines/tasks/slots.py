@@ -90,7 +90,9 @@ def make_texts(
 
 
 def check_facts(texts: Texts) -> None:
-    """InputError where most facts are those of a single text, so that no read-out could be right."""
+    """InputError where facts have no end, or most are those of a single text, so that no read-out could be right."""
+    if not texts.num_fact_tokens:
+        raise InputError("slots: the facts have one place only; use a longer --length")
     num, num_unseen = len(texts.facts), int(_unseen(texts.facts).sum())
     if 2 * num_unseen > num:
         raise InputError(

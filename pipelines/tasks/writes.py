@@ -38,6 +38,7 @@ class Told(NamedTuple):
     samples: list[Sample]
     first: np.ndarray  # (B,) int64
     last: np.ndarray  # (B,) int64
+    num_segments: int  # before the one that asks
 
 
 class Writes(NamedTuple):
@@ -57,14 +58,14 @@ def check(model: RecurrentModel) -> None:
     if not is_gated:
         kinds = " with ".join(one["kind"] for one in settings)
         raise InputError(
-            f'writes: memory {kinds} has no binary gate; use rmt alone with "gate": "binary", without past memories'
+            f'memory {kinds} has no binary gate; use rmt alone with "gate": "binary", without past memories'
         )
 
 
 def make_texts(
     task: str, tokenizer: Tokenizer, background: texts.Background, wanted: Wanted, num: int, seed: int = 0
 ) -> Told:
-    """`num` texts of the wanted length. InputError where the task cannot put its facts at a place."""
+    """`num` texts of the wanted length. InputError where the task has no such, or too few segments before it asks."""
     scene = Scene(tokenizer, background)
     size = wanted.segment_len
     samples, first, last = [], [], []
@@ -77,7 +78,12 @@ def make_texts(
         samples.append(sample)
         first.append(at // size)
         last.append((at + len(facts) - 1) // size)
-    return Told(samples, np.array(first), np.array(last))
+    num_segments = min(sample.answers[0].at - 1 for sample in samples) // size
+    if num_segments < 3:
+        raise InputError(
+            f"only {num_segments} segments of {size} tokens precede the one that asks; use a longer --length"
+        )
+    return Told(samples, np.array(first), np.array(last), num_segments)
 
 
 # --- recording --------------------------------------------------------------------------------------
@@ -85,21 +91,15 @@ def make_texts(
 
 @torch.inference_mode()
 def record(model: RecurrentModel, told: Told, tokenizer: Tokenizer, batch_size: int) -> Writes:
-    """Reads all texts, so many at once, and once more for their answers. InputError where nothing is in between."""
-    size = model.segment_len
-    num = min(sample.answers[0].at - 1 for sample in told.samples) // size  # segments before the one that asks
-    if num < 3:
-        raise InputError(
-            f"writes: only {num} segments of {size} tokens precede the one that asks; use a longer --length"
-        )
+    """Reads all texts, so many at once, and once more for their answers."""
     traces: list[tuple[np.ndarray, np.ndarray]] = []
     right: list[bool] = []
     for rows in batch_sizes(len(told.samples), batch_size):
         batch = told.samples[len(right) : len(right) + rows]
-        traces.append(_record_batch(model, batch, num))
+        traces.append(_record_batch(model, batch, told.num_segments))
         right += [bool(one.all()) for one in batch_marks(model, batch, (TRUE,), tokenizer).right[TRUE]]
     written, probability = (np.concatenate(parts) for parts in zip(*traces, strict=True))
-    places = places_of(told.first, told.last, num)
+    places = places_of(told.first, told.last, told.num_segments)
     return Writes(written, probability, places, told.first, np.array(right))
 
 

@@ -104,17 +104,20 @@ def _by_error(found: Writes) -> str:
         ("all texts", np.ones_like(before)),
     ]
     rows = [[name, *_answers(found.right[chosen])] for name, chosen in groups]
-    heads = ["also written", "texts", "all answers right", "share"]
-    note = "In brackets: the 95 % Wilson interval. "
+    heads = ["written elsewhere", "texts", "all answers right", "share"]
+    note = (
+        "*Elsewhere*: in another segment than those of the facts, the next one and the text's first. In brackets: the "
+        "95 % Wilson interval. "
+    )
     missed = ~wrote[FACTS]
     if missed.any():
         right = int(found.right[missed].sum())
-        note += f"In {int(missed.sum()):,} texts no segment with the facts is written; {right:,} of them are right."
+        note += (
+            f"Texts in which no segment with the facts is written: {int(missed.sum()):,}, of which {right:,} are right."
+        )
     else:
         note += "In every text a segment with the facts is written."
-    return (
-        f"{titled('answers', heads, rows, 'by where else than at the facts, and right behind, is written')}\n\n{note}"
-    )
+    return f"{titled('answers', heads, rows, 'texts, by where else the memory is written')}\n\n{note}"
 
 
 def _wrote(found: Writes, place: str) -> np.ndarray:

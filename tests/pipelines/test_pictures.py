@@ -134,6 +134,17 @@ def test_the_attention_is_that_of_texts_that_ask_in_the_same_segment(
     assert all(text.endswith(b":") for text in seen)
 
 
+def test_what_short_texts_do_not_allow_is_left_out(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--length", "100", "--task", "pairs_16"]
+    assert pictures.main(words(models, "gated", tmp_path / "all", *asked)) == 0
+    assert {path.name for path in (tmp_path / "all").iterdir()} == set(ATTENTION)
+    assert "left out: writes: the facts have one place only" in capsys.readouterr().err
+    assert pictures.main(words(models, "gated", tmp_path / "writes", *asked, "--pictures", "attention,writes")) == 2
+    assert "error: writes: the facts have one place only; use a longer --length" in capsys.readouterr().err
+
+
 def test_facts_that_all_differ_have_no_read_out(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

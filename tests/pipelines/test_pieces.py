@@ -125,6 +125,24 @@ def test_inside_of_a_text_no_beginning_is_marked(build: Callable[[], Any]) -> No
     assert not np.array_equal(tokenizer.encode_inside(first), tokenizer.encode(first))
 
 
+def after_white_space() -> JsonTokenizer:
+    """T5's and XLM-R's form: words are split at spaces, which marks stand for, one before each word."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    alphabet = sorted({char for char in book(500, 1) if not char.isspace()})
+    return trained(tokenizer, ["<unk>"], unk_token="<unk>", initial_alphabet=alphabet)
+
+
+def test_marks_that_stand_for_spaces_stay_inside_of_a_text() -> None:
+    tokenizer = after_white_space()
+    words = " ".join(book(40).split()[:12])
+    for text in (words, f" {words}", f"\n{words}\n"):
+        assert tokenizer.decode(tokenizer.encode_inside(text)).split() == words.split()
+        assert np.array_equal(tokenizer.encode_inside(text), tokenizer.encode(text))
+
+
 def test_byte_level_tokenizers_mark_no_beginning_anywhere() -> None:
     for tokenizer in (byte_level(), like_llama_3(), ByteTokenizer()):
         for text in ("home", " home", "\nhome", ""):

@@ -28,9 +28,9 @@ def told(length: int = 200, num: int = 12, task: str = "detect", seed: int = 0) 
     return writes.make_texts(task, BYTES, noise(BYTES), Wanted(length, SIZE), num, seed)
 
 
-def gated_model(segment_len: int = SIZE) -> Any:
+def gated_model() -> Any:
     """A model whose gate writes some tokens and some not."""
-    model = tiny_model(GATED, segment_len=segment_len, vocab_size=257)
+    model = tiny_model(GATED, segment_len=SIZE, vocab_size=257)
     torch.manual_seed(3)
     gate = model.memory.gate
     nn.init.normal_(gate.update.weight, std=30.0)
@@ -157,7 +157,7 @@ def test_the_tables_count_segments_and_answers() -> None:
     assert answers["after them"][:2] == ["1", "0"]
     assert answers["before and after"] == ["0", "-", "-"]
     assert answers["all texts"][:2] == ["4", "2"]
-    assert "In 1 texts no segment with the facts is written; 0 of them are right." in lines[-1]
+    assert "Texts in which no segment with the facts is written: 1, of which 0 are right." in lines[-1]
 
 
 def test_the_picture_changes_with_the_record() -> None:
@@ -205,5 +205,10 @@ def test_texts_that_cannot_be_made_are_refused(task: str, length: int, says: str
 
 
 def test_texts_without_segments_to_look_at_are_refused() -> None:
-    with pytest.raises(InputError, match="writes: only 2 segments of 48 tokens precede the one that asks"):
-        writes.record(gated_model(segment_len=48), told(length=140, num=2), BYTES, batch_size=2)
+    with pytest.raises(InputError, match="only 2 segments of 48 tokens precede the one that asks"):
+        writes.make_texts("detect", BYTES, noise(BYTES), Wanted(140, 48), 2)
+
+
+def test_facts_with_one_place_only_are_refused() -> None:
+    with pytest.raises(InputError, match="the facts have one place only; use a longer --length"):
+        told(length=100, task="pairs_16", num=2)
