@@ -42,7 +42,7 @@ def story_task(task: str) -> Maker:
 
 
 def every_question(task: str) -> Maker:
-    """The same stories, each with as many questions as there are of which none tells another's answer.
+    """The same stories, each with as many questions as there are of which none tells a later answer.
 
     Of these texts more is learned than of those with one question. What is written freely is not marked.
     """
