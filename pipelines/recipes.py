@@ -10,7 +10,7 @@ import yaml
 from pipelines import storage
 from pipelines.config import InputError
 
-# A memory that is written only where there is something to write (docs/results/lasting.md).
+# A memory that can be left as it is, which seeds learn to use in different ways (docs/results/lasting.md, demo.md).
 LASTING = {"kind": "rmt", "num_tokens": 4, "gate": "binary", "write_cost": 0.03, "write_floor": 0.05}
 # Where nearly all answers are right gradients are tiny, and the next wrong one is a large step if Adam has forgotten
 # what they were before: with 0.95 two runs of five did not learn again what they lost so (docs/results/detect.md).
