@@ -14,7 +14,7 @@ from pipelines.data.lanes import Window
 from pipelines.data.plan import Reads, token_shares
 from pipelines.tasks import texts
 from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
-from pipelines.tasks.texts import Background, Encodes, Stream
+from pipelines.tasks.texts import Background, Encodes, Remembered, Stream
 
 _ATTEMPTS = 100  # draws of a sample until one fits its window
 _PROBES = 32  # draws that tell how short a task's texts can be
@@ -80,7 +80,7 @@ class TaskSource:
         self.text_weight = text_weight  # of a token in the loss
         self.answer_weight = answer_weight
         self.fresh_fraction = fresh_fraction  # of texts before which the memory is reset
-        self._tokenizer = tokenizer
+        self._tokenizer = Remembered(tokenizer)
         self._segment_len = segment_len
         self._shares = np.array([choice.weight for choice in choices]) / sum(choice.weight for choice in choices)
         self._shortest = [self._probed(choice) for choice in choices]

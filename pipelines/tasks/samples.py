@@ -61,7 +61,7 @@ class Scene(NamedTuple):
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of a text that stands inside of another."""
-        return self.tokenizer.encode_inside(text).astype(np.int32)
+        return self.tokenizer.encode_inside(text).astype(np.int32, copy=False)
 
     def begin(self, text: str) -> np.ndarray:
         """Tokens of a text's beginning."""

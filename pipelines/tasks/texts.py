@@ -18,6 +18,7 @@ Background = Callable[[int, np.random.Generator], Stream]  # (num tokens, genera
 NOISE = "abcdefghijklmnopqrstuvwxyz "
 
 _BLOCK = 2**16  # tokens made at once
+_LONGEST_KNOWN, _MOST_KNOWN = 200, 2**16  # characters, and texts, of which the tokens are remembered
 
 
 class Encodes(Protocol):
@@ -25,6 +26,27 @@ class Encodes(Protocol):
 
     def encode(self, text: str) -> np.ndarray: ...
     def encode_inside(self, text: str) -> np.ndarray: ...
+
+
+class Remembered:
+    """A tokenizer that encodes each short text once: tasks are made of few sentences, which come again and again."""
+
+    def __init__(self, tokenizer: Encodes) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, np.ndarray] = {}
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._tokenizer.encode(text)
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        """(T,) int32, not to be written to."""
+        if text in self._known:
+            return self._known[text]
+        tokens = self._tokenizer.encode_inside(text).astype(np.int32)
+        tokens.flags.writeable = False
+        if len(text) <= _LONGEST_KNOWN and len(self._known) < _MOST_KNOWN:
+            self._known[text] = tokens
+        return tokens
 
 
 class Insert(NamedTuple):

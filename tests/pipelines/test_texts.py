@@ -174,3 +174,23 @@ def test_memory_stays_flat_at_any_length(name: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_short_texts_are_encoded_once_and_long_ones_each_time() -> None:
+    class Counting(ByteTokenizer):
+        asked: list[str]
+
+        def encode_inside(self, text: str) -> np.ndarray:
+            self.asked.append(text)
+            return self.encode(text).astype(np.int64)
+
+    tokenizer = Counting()
+    tokenizer.asked = []
+    remembered = texts.Remembered(tokenizer)
+    short, long = "\nMary went to the garden.\n", "x" * 10_000
+    for text in [short, long, short, long]:
+        np.testing.assert_array_equal(remembered.encode_inside(text), BYTES.encode(text))
+        np.testing.assert_array_equal(remembered.encode(text), BYTES.encode(text))
+    assert tokenizer.asked == [short, long, long]
+    with pytest.raises(ValueError, match="read-only"):
+        remembered.encode_inside(short)[0] = 1
