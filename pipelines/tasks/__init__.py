@@ -31,6 +31,7 @@ _FIRST: dict[str, Maker] = {
     "rewrites": symbols.retrieval(rewrites=True),
     "retrieval_all": symbols.retrieval(rewrites=False, most_asked=symbols.MOST_ASKED),
     "rewrites_all": symbols.retrieval(rewrites=True, most_asked=symbols.MOST_ASKED),
+    **{f"{task}_along": babilong.asked_along(task) for task in babi.LABELS},
     "quadratic": quadratic.equation,
 }
 # Texts of their own around the facts.

@@ -10,6 +10,7 @@ and `qa5`, whose longest are rare, a number that falls off geometrically. Its me
 can be learned in windows of a few segments: those with an answer have 17, 15 and 19 facts on average.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,14 +120,33 @@ def story(task: str, generator: np.random.Generator) -> Story:
     """A story of one of the tasks `qa1` to `qa5`."""
     if task == "qa4":
         return _relations(generator)
-    people = GIVERS if task == "qa5" else PEOPLE
     while True:
-        world = World(people, generator, has_things=task != "qa1", has_gifts=task == "qa5")
+        world = _world(task, generator)
         facts = [world.act() for _ in range(_num_facts(task, generator))]
         found = _QUESTIONS[task](world)
         if found:
             question, answer = found[int(generator.integers(len(found)))]
             return Story(facts, question, answer, _one_of_each(task, found, generator))
+
+
+def episodes(task: str, generator: np.random.Generator) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """A story that goes on without end: what happens next, and a question about all so far with its answer.
+
+    None where nothing can be asked yet. Of `qa4` every two facts are a map, and what is asked is about the last one.
+    """
+    while task == "qa4":
+        drawn = _relations(generator)
+        yield drawn.facts[0], None
+        yield drawn.facts[1], (drawn.question, drawn.answer)
+    world = _world(task, generator)
+    while True:
+        fact, found = world.act(), _QUESTIONS[task](world)
+        yield fact, found[int(generator.integers(len(found)))] if found else None
+
+
+def _world(task: str, generator: np.random.Generator) -> World:
+    people = GIVERS if task == "qa5" else PEOPLE
+    return World(people, generator, has_things=task != "qa1", has_gifts=task == "qa5")
 
 
 def _num_facts(task: str, generator: np.random.Generator) -> int:

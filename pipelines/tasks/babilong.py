@@ -15,14 +15,16 @@ as the question behind a story is a line of its own (not for published files: `n
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from pipelines.tasks import babi
-from pipelines.tasks.samples import Maker, Sample, Scene, Scorer, TooShortError, Wanted, ask, compose
+from pipelines.tasks.samples import Answer, Asked, Maker, Sample, Scene, Scorer, TooShortError, Wanted, ask, compose
+from pipelines.tasks.texts import Insert, joined
 
 QUESTION = "\nQuestion: {}\nAnswer:"
 END = "."
@@ -30,15 +32,14 @@ SENTENCE_ENDS = ".!?"
 MORE_TOKENS = 8  # written beyond the longest label
 
 _ATTEMPTS = 8  # stories drawn until one fits
-
-_Told = Callable[[babi.Story, str, Scene, Wanted, np.random.Generator], Sample]
+_MOST_ALONG = 256  # facts of a story that is asked about as it goes
 
 STRICT, LAX = "strict", "lax"
 
 
 def story_task(task: str) -> Maker:
     """The task `qa1` to `qa5`: a story and one question."""
-    return partial(_sample, task, _told)
+    return partial(_that_fits, partial(_told, task))
 
 
 def every_question(task: str) -> Maker:
@@ -46,29 +47,91 @@ def every_question(task: str) -> Maker:
 
     Of these texts more is learned than of those with one question. What is written freely is not marked.
     """
-    return partial(_sample, task, _told_for_every_question)
+    return partial(_that_fits, partial(_told_for_every_question, task))
 
 
-def _sample(task: str, told: _Told, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+def asked_along(task: str) -> Maker:
+    """A story of up to 256 facts that is asked about as it goes.
+
+    To train on: a memory is told after many a step whether it took it. Facts and questions stand anywhere, in their
+    order. How many facts are followed by a question is drawn anew for each text, as an answer may tell later ones; and
+    so is how much of the text is background.
+    """
+    return partial(_that_fits, partial(_along, task))
+
+
+def _along(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    most = int(generator.integers(wanted.length + 1))  # tokens of the story; more where its first question needs them
+    return _scattered(scene, wanted.length, _pieces(task, scene, most, wanted.length, generator), generator)
+
+
+def _pieces(
+    task: str, scene: Scene, wanted: int, longest: int, generator: np.random.Generator
+) -> list[tuple[np.ndarray, Asked | None]]:
+    """Facts, and questions with their answers, up to the last question that `wanted` tokens hold.
+
+    One question at least, if need be within `longest` tokens.
+    """
+    share = generator.random()  # of facts that are asked about
+    pieces: list[tuple[np.ndarray, Asked | None]] = []
+    num = num_kept = 0  # tokens, and pieces up to the last question
+    for fact, question in itertools.islice(babi.episodes(task, generator), _MOST_ALONG):
+        pieces.append((scene.encode(f"\n{fact}\n"), None))
+        num += len(pieces[-1][0])
+        asked = None
+        if question is not None and (not num_kept or generator.random() < share):
+            asked = _ask(scene, *question)
+            pieces.append((np.concatenate([asked.question, asked.answer, asked.end]), asked))
+            num += len(pieces[-1][0])
+        if num > (wanted if num_kept else longest):
+            break
+        if asked is not None:
+            num_kept = len(pieces)
+    if not num_kept:
+        raise TooShortError(num)
+    return pieces[:num_kept]
+
+
+def _scattered(
+    scene: Scene, length: int, pieces: Sequence[tuple[np.ndarray, Asked | None]], generator: np.random.Generator
+) -> Sample:
+    """Pieces anywhere in background, in their order; the last one ends the text."""
+    sizes = [len(tokens) for tokens, _ in pieces]
+    free = length - sum(sizes)
+    places = np.sort(np.append(generator.integers(free + 1, size=len(pieces) - 1), free))
+    starts = places + np.cumsum([0, *sizes[:-1]])
+    answers = tuple(
+        Answer(int(start) + len(asked.question), asked.answer, asked.num_choices)
+        for start, (_, asked) in zip(starts, pieces, strict=True)
+        if asked is not None
+    )
+    inserts = [Insert(int(at), tokens) for at, (tokens, _) in zip(places[:-1], pieces[:-1], strict=True)]
+    return Sample(joined(scene.background(free, generator), inserts, pieces[-1][0]), length, answers)
+
+
+def _ask(scene: Scene, question: str, answer: str) -> Asked:
+    return ask(scene, QUESTION.format(question), f" {answer}", len(babi.choices(question, answer)), end=END)
+
+
+def _that_fits(make: Maker, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     refused = []
     for _ in range(_ATTEMPTS):
         try:
-            return told(babi.story(task, generator), task, scene, wanted, generator)
+            return make(scene, wanted, generator)
         except TooShortError as error:
             refused.append(error)
     raise min(refused, key=lambda error: error.need)
 
 
-def _told(story: babi.Story, task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
-    labels = babi.LABELS[task]
+def _told(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    story, labels = babi.story(task, generator), babi.LABELS[task]
     sample = _asking([(story.question, story.answer)], story, scene, wanted, generator)
     longest = max(len(scene.encode(f" {label}")) for label in labels)
     return marked(sample, story.question, story.answer, labels, longest + MORE_TOKENS)
 
 
-def _told_for_every_question(
-    story: babi.Story, _: str, scene: Scene, wanted: Wanted, generator: np.random.Generator
-) -> Sample:
+def _told_for_every_question(task: str, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    story = babi.story(task, generator)
     return _asking(story.together, story, scene, wanted, generator)
 
 
@@ -80,10 +143,7 @@ def _asking(
     generator: np.random.Generator,
 ) -> Sample:
     facts = [scene.encode(f"\n{fact}\n") for fact in story.facts]
-    asked = [
-        ask(scene, QUESTION.format(question), f" {answer}", len(babi.choices(question, answer)), end=END)
-        for question, answer in questions
-    ]
+    asked = [_ask(scene, question, answer) for question, answer in questions]
     ends = [int(scene.encode(mark)[-1]) for mark in SENTENCE_ENDS]
     return compose(scene, wanted, facts, asked, generator, ends=ends)
 

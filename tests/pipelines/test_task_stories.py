@@ -9,7 +9,7 @@ import pytest
 from pipelines.data.tokenise import ByteTokenizer
 from pipelines.tasks import babi, texts
 from pipelines.tasks.babi import Story
-from pipelines.tasks.babilong import every_question, is_laxly_right, is_strictly_right, story_task
+from pipelines.tasks.babilong import asked_along, every_question, is_laxly_right, is_strictly_right, story_task
 from pipelines.tasks.samples import Scene, TooShortError, Wanted
 
 BYTES = ByteTokenizer()
@@ -240,6 +240,45 @@ def test_no_question_tells_the_answer_of_another(task: str) -> None:
         assert not any(asked_for[1:])  # behind others it would be the thing that they do not name
         seen.update(re.sub(r"[A-Z]\w+|apple|football|milk|" + "|".join(babi.PLACES), "_", pair[0]) for pair in together)
     assert len(seen) == {"qa3": 1, "qa4": 2, "qa5": 5}[task]
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5"])
+def test_what_is_asked_along_a_story_is_about_what_was_told_so_far(task: str) -> None:
+    shares, nums = [], set()
+    for seed in range(60):
+        sample = asked_along(task)(SCENE, Wanted(2000, 64), np.random.default_rng(seed))
+        tokens = texts.whole(sample.stream)
+        assert len(tokens) == sample.num_tokens == 2000
+        text = BYTES.decode(tokens)
+        story = re.compile(r"\n([A-Z][^\n]*\.)\n|\nQuestion: ([^\n]*\?)\nAnswer: (\w+)\.")
+        facts: list[str] = []
+        answers = []
+        for found in story.finditer(text):
+            fact, question, answer = found.groups()
+            if fact:
+                facts.append(fact)
+                continue
+            told = Story(facts[-2:], question, answer, [])
+            assert (read_map(told) if task == "qa4" else Reader(facts).answer(question)) == answer
+            answers.append((found.start(3) - 1, f" {answer}", 1 / len(babi.choices(question, answer))))
+        assert text.endswith(f"{answers[-1][1]}.")
+        assert [
+            (a.at, BYTES.decode(tokens[a.at : a.at + len(a.tokens)]), 1 / a.num_choices) for a in sample.answers
+        ] == answers
+        assert set(story.sub("", text)) <= set(texts.NOISE)
+        shares.append(len(story.sub("", text)) / 2000)
+        nums.add(len(answers))
+    assert min(shares) < 0.2
+    assert max(shares) > 0.8
+    assert min(nums) == 1
+    assert max(nums) > 8
+
+
+def test_a_story_that_is_asked_along_needs_room_for_its_first_question() -> None:
+    with pytest.raises(TooShortError) as error:
+        asked_along("qa4")(SCENE, Wanted(60, 64), np.random.default_rng(0))
+    sample = asked_along("qa4")(SCENE, Wanted(error.value.need, 64), np.random.default_rng(0))
+    assert len(sample.answers) == 1
 
 
 @pytest.mark.parametrize("task", ["qa1", "qa4"])
