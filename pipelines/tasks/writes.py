@@ -15,7 +15,7 @@ Axes: B texts, S segments before the one that asks, M memory tokens.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,10 +45,12 @@ class Writes(NamedTuple):
     """What was recorded."""
 
     written: np.ndarray  # (B, S) share of the memory's tokens
-    probability: np.ndarray  # (B, S)
+    probability: np.ndarray  # (B, S) mean of the memory's tokens
+    highest: np.ndarray  # (B, S) that of the token with the highest one
     places: np.ndarray  # (B, S) of PLACES, as its number
     first: np.ndarray  # (B,) the facts' first segment
     right: np.ndarray  # (B,) bool: all answers
+    threshold: float  # of the gate
 
 
 def check(model: RecurrentModel) -> None:
@@ -92,19 +94,20 @@ def make_texts(
 @torch.inference_mode()
 def record(model: RecurrentModel, told: Told, tokenizer: Tokenizer, batch_size: int) -> Writes:
     """Reads all texts, so many at once, and once more for their answers."""
-    traces: list[tuple[np.ndarray, np.ndarray]] = []
+    traces: list[tuple[np.ndarray, ...]] = []
     right: list[bool] = []
     for rows in batch_sizes(len(told.samples), batch_size):
         batch = told.samples[len(right) : len(right) + rows]
         traces.append(_record_batch(model, batch, told.num_segments))
         right += [bool(one.all()) for one in batch_marks(model, batch, (TRUE,), tokenizer).right[TRUE]]
-    written, probability = (np.concatenate(parts) for parts in zip(*traces, strict=True))
+    written, probability, highest = (np.concatenate(parts) for parts in zip(*traces, strict=True))
     places = places_of(told.first, told.last, told.num_segments)
-    return Writes(written, probability, places, told.first, np.array(right))
+    threshold = model.config.memory[0]["write_threshold"]
+    return Writes(written, probability, highest, places, told.first, np.array(right), threshold)
 
 
-def _record_batch(model: RecurrentModel, samples: Sequence[Sample], num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of tokens written and probabilities, (B, S) each."""
+def _record_batch(model: RecurrentModel, samples: Sequence[Sample], num: int) -> tuple[np.ndarray, ...]:
+    """Shares of tokens written, and of their probabilities the mean and the highest, (B, S) each."""
     state = model.init_state(len(samples))
     written = []
     rows = [texts.cut(sample.stream(), num * model.segment_len) for sample in samples]
@@ -113,14 +116,19 @@ def _record_batch(model: RecurrentModel, samples: Sequence[Sample], num: int) ->
             new = model.step(part.tokens, state, part.lengths)[1]
             written.append((new != state).any(-1).float().mean(-1))
             state = new
-    return torch.stack(written, 1).cpu().numpy(), torch.stack(found, 1).float().cpu().numpy()
+    probabilities = torch.stack(found, 1).float().cpu()
+    return torch.stack(written, 1).cpu().numpy(), probabilities.mean(-1).numpy(), probabilities.amax(-1).numpy()
 
 
 @contextlib.contextmanager
 def _probabilities(gate: nn.Module) -> Iterator[list[Tensor]]:
-    """What the gate gives beside the new memory, (B,) for every segment that is read meanwhile."""
+    """Those with which the gate would write each token, (B, M) for every segment that is read meanwhile."""
     found: list[Tensor] = []
-    handle = gate.register_forward_hook(lambda _, __, given: found.append(given[1]))
+
+    def note(gate: Any, inputs: tuple[Tensor, Tensor]) -> None:
+        found.append(torch.sigmoid(gate.logit(*inputs).float())[..., 0])
+
+    handle = gate.register_forward_pre_hook(note)
     try:
         yield found
     finally:

@@ -20,6 +20,7 @@ _MAX_COLUMNS = 512  # of segments
 _WIDTH_INCHES = 10.0
 _ROW_INCHES = 0.09  # of a text
 _UNSURE = (0.1, 0.9)  # probabilities
+_THRESHOLDS = (0.5, 0.9, 0.99, 0.999, 0.9999)
 _WORDS = {
     "opening": "the text's first",
     "before": "before the facts",
@@ -69,8 +70,8 @@ def _lines(panel: Axes, found: Writes, rows: np.ndarray) -> None:
 
 
 def table(found: Writes) -> str:
-    """What is written where, and answers by where else than at the facts something is."""
-    return f"{_by_place(found)}\n\n{_by_error(found)}\n"
+    """What is written where and would be with other thresholds, and answers by where else than at the facts it is."""
+    return f"{_by_place(found)}\n\n{_by_threshold(found)}\n\n{_by_error(found)}\n"
 
 
 def _by_place(found: Writes) -> str:
@@ -88,9 +89,24 @@ def _by_place(found: Writes) -> str:
     heads = ["where", "segments", "written", unsure_head, "mean share of tokens written", "mean probability"]
     note = (
         "Segments before the one that asks. *Written*: at least one token of the memory is. The probability is the "
-        "gate's, the mean of the memory's tokens; it writes those whose own is above 0.5."
+        f"gate's, the mean of the memory's tokens; it writes those whose own is above {found.threshold:g}."
     )
     return f"{titled('written', heads, rows, 'segments')}\n\n{note}"
+
+
+def _by_threshold(found: Writes) -> str:
+    rows = []
+    for least in sorted({*_THRESHOLDS, found.threshold}):
+        above = found.highest > least
+        at = {place: above & (found.places == PLACES.index(place)) for place in (BEFORE, FACTS, AFTER)}
+        counts = [int(at[FACTS].any(1).sum()), int(at[BEFORE].sum()), int(at[AFTER].sum())]
+        rows.append([f"{least:g}", *(f"{count:,}" for count in counts)])
+    heads = ["write_threshold", "texts with facts above", "segments before them", "after them"]
+    note = (
+        "Segments in which at least one token's probability is above; of the facts one is enough. The memory is that "
+        f"which {found.threshold:g} leaves: with another one it differs from the first other decision on."
+    )
+    return f"{titled('thresholds', heads, rows, 'segments above')}\n\n{note}"
 
 
 def _by_error(found: Writes) -> str:

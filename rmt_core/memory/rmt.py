@@ -6,6 +6,7 @@ it is RMT-R, which also attends to its own past memories (a baseline in arXiv:24
 Axes: B rows, T tokens of a segment, M memory tokens, R rows read, P past memories, S = R + T + M, H heads, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class RMTConfig:
     gate: str | None = None  # between the old memory and what is written, one of GATES; None: no old one stays
     write_cost: float = 0.0  # nats in the auxiliary loss for a segment whose gate writes the whole memory
     write_floor: float = 0.0  # in training only: the least probability with which a binary gate writes
+    write_threshold: float = 0.5  # in evaluation only: a binary gate writes where its probability is above
 
     def __post_init__(self) -> None:
         at_least(0, self, "num_tokens", "max_past_memories", "noise", "write_cost")
@@ -42,6 +44,12 @@ class RMTConfig:
             raise ValueError(f"memory.write_floor is {self.write_floor}; it must be at least 0 and below 1")
         if self.write_floor and self.gate != "binary":
             raise ValueError(f"memory.write_floor is {self.write_floor}; it must be 0 where the gate is not binary")
+        if not 0 < self.write_threshold < 1:
+            raise ValueError(f"memory.write_threshold is {self.write_threshold}; it must be above 0 and below 1")
+        if self.write_threshold != 0.5 and self.gate != "binary":
+            raise ValueError(
+                f"memory.write_threshold is {self.write_threshold}; it must be 0.5 where the gate is not binary"
+            )
         if not self.num_tokens and (read is not None or self.max_past_memories or self.gate):
             raise ValueError("memory.num_tokens is 0; it must be at least 1 where rows are read, retrieved or gated")
 
@@ -192,23 +200,31 @@ class BinaryGate(nn.Module):
 
     The binary state update of Skip RNN (Campos et al. 2018, arXiv:1708.06834), there one for the whole state, here
     decided by what would be written and what stands there: `p = sigmoid(w gelu(W [h, c] + b) + a + 2)`, so that it
-    writes nearly always at first. In evaluation `u = [p > 0.5]`. In training `u` is drawn, 1 with probability
-    `p + floor (1 - p)`, so that only a sure gate is a good one, and has the gradient of `p` (straight through, Bengio
-    et al. 2013, arXiv:1308.3432). One random number decides for all tokens of a row: drawn apart, unsure tokens would
-    stand in for one another, of which none is written in evaluation. The floor makes memories be written where the gate
-    would not: a model learns to keep what it holds through that too, should a gate err.
+    writes nearly always at first. In evaluation `u = [p > threshold]`: 0.5 is for texts in which what is worth writing
+    is as frequent as in training, and more for longer ones, where it is rarer and false alarms are what is lost by. In
+    training `u` is drawn, 1 with probability `p + floor (1 - p)`, so that only a sure gate is a good one, and has the
+    gradient of `p` (straight through, Bengio et al. 2013, arXiv:1308.3432). One random number decides for all tokens of
+    a row: drawn apart, unsure tokens would stand in for one another, of which none is written in evaluation. The floor
+    makes memories be written where the gate would not: a model learns to keep what it holds through that too, should a
+    gate err.
     """
 
-    def __init__(self, width: int, floor: float) -> None:
+    def __init__(self, width: int, floor: float, threshold: float) -> None:
         super().__init__()
         self.hidden = nn.Linear(2 * width, width)
         self.update = _linear(width, 1)
         self.floor = floor
+        self.least_logit = math.log(threshold / (1 - threshold))  # in half precision probabilities near 1 are all 1
+
+    def logit(self, memory: Tensor, written: Tensor) -> Tensor:
+        """Of the probability of writing, (B, M, 1)."""
+        seen = F.gelu(self.hidden(torch.cat([written, memory], dim=-1)))
+        return self.update(seen).to(memory.dtype) + 2
 
     def forward(self, memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-        seen = F.gelu(self.hidden(torch.cat([written, memory], dim=-1)))
-        p = torch.sigmoid(self.update(seen).to(memory.dtype) + 2)  # (B, M, 1)
-        writes = p + self.floor * (1 - p) > torch.rand_like(p[:, :1]) if self.training else p > 0.5
+        logit = self.logit(memory, written)
+        p = torch.sigmoid(logit)
+        writes = p + self.floor * (1 - p) > torch.rand_like(p[:, :1]) if self.training else logit > self.least_logit
         new = torch.where(writes, written, memory)
         return new + (p - p.detach()) * (written - memory).detach(), p.mean((1, 2))
 
@@ -221,7 +237,7 @@ def _gate(config: RMTConfig, width: int) -> FixedGate | LSTMGate | BinaryGate | 
         return FixedGate(width)
     if config.gate == "lstm":
         return LSTMGate(width)
-    return BinaryGate(width, config.write_floor) if config.gate == "binary" else None
+    return BinaryGate(width, config.write_floor, config.write_threshold) if config.gate == "binary" else None
 
 
 def _linear(width: int, num_gates: int | None = None) -> nn.Linear:

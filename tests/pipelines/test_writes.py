@@ -38,13 +38,13 @@ def gated_model() -> Any:
     return model
 
 
-def naive(model: Any, tokens: Tensor) -> tuple[list[list[bool]], list[float]]:
-    """Which tokens of the memory each segment of one text (N,) changes, and the mean probability of its gate."""
+def naive(model: Any, tokens: Tensor) -> tuple[list[list[bool]], list[list[float]]]:
+    """Which tokens of the memory each segment of one text (N,) changes, and its gate's probabilities of these."""
     gate, seen = model.memory.gate, []
 
     def spy(memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         features = nn.functional.gelu(gate.hidden(torch.cat([written, memory], -1)))
-        seen.append(float(torch.sigmoid(gate.update(features) + 2).mean()))
+        seen.append(torch.sigmoid(gate.update(features) + 2).flatten().tolist())
         return forward(memory, written)
 
     forward, gate.forward = gate.forward, spy
@@ -66,7 +66,8 @@ def test_the_record_is_that_of_the_states() -> None:
         text = torch.from_numpy(whole(sample.stream)[: num * SIZE].astype(np.int64))
         changed, probability = naive(model, text)
         assert trace.written[row] == pytest.approx(np.mean(changed, 1), abs=1e-6)
-        assert trace.probability[row] == pytest.approx(probability, abs=1e-6)
+        assert trace.probability[row] == pytest.approx(np.mean(probability, 1), abs=1e-6)
+        assert trace.highest[row] == pytest.approx(np.max(probability, 1), abs=1e-6)
     assert 0.1 < trace.written.mean() < 0.9  # some are written, some are not
     assert trace.first.tolist() == found.first.tolist()
 
@@ -134,7 +135,8 @@ def example() -> Writes:
     probability = np.where(written > 0, 0.95, 0.01)
     probability[0, 3] = 0.4
     first = np.full(4, 2)
-    return Writes(written, probability, writes.places_of(first, first, 5), first, np.array([True, True, False, False]))
+    places, right = writes.places_of(first, first, 5), np.array([True, True, False, False])
+    return Writes(written, probability, probability + 0.045, places, first, right, threshold=0.8)
 
 
 def cells(lines: list[str]) -> dict[str, list[str]]:
@@ -145,13 +147,17 @@ def cells(lines: list[str]) -> dict[str, list[str]]:
 
 def test_the_tables_count_segments_and_answers() -> None:
     lines = table(example()).splitlines()
-    start = next(at for at, line in enumerate(lines) if line.startswith("### answers"))
-    segments, answers = cells(lines[:start]), cells(lines[start:])
+    starts = [next(at for at, line in enumerate(lines) if line.startswith(head)) for head in ("### thres", "### answ")]
+    segments, above, answers = cells(lines[: starts[0]]), cells(lines[slice(*starts)]), cells(lines[starts[1] :])
     assert segments["the text's first"] == ["4", "4", "0", "1.0000", "0.9500"]
     assert segments["before the facts"] == ["4", "1", "0", "0.2500", "0.2450"]
     assert segments["with the facts"] == ["4", "3", "0", "0.3750", "0.7150"]
     assert segments["the next one"][:3] == ["4", "0", "1"]
     assert segments["after that"][:2] == ["4", "1"]
+    assert "it writes those whose own is above 0.8." in lines[starts[0] - 2]
+    assert list(above)[2:] == ["0.5", "0.8", "0.9", "0.99", "0.999", "0.9999"]  # behind the heads
+    assert above["0.8"] == above["0.99"] == ["3", "1", "1"]
+    assert above["0.999"] == ["0", "0", "0"]
     assert answers["nowhere"] == ["2", "1", "0.5000 [0.0945, 0.9055]"]
     assert answers["before the facts"][:2] == ["1", "1"]
     assert answers["after them"][:2] == ["1", "0"]
@@ -174,7 +180,8 @@ def test_the_picture_changes_with_the_record() -> None:
 def test_a_write_among_many_segments_is_drawn() -> None:
     written = np.zeros((3, 5000))
     first = np.array([10, 2500, 4999])
-    found = Writes(written, written, writes.places_of(first, first, 5000), first, np.ones(3, dtype=bool))
+    places = writes.places_of(first, first, 5000)
+    found = Writes(written, written, written, places, first, np.ones(3, dtype=bool), threshold=0.5)
     single = written.copy()
     single[1, 1234] = 1.0
     assert plot(found, "") != plot(found._replace(written=single), "")

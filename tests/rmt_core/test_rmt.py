@@ -266,6 +266,27 @@ def test_a_binary_gate_writes_a_token_or_leaves_it_as_it_is() -> None:
     assert close(rmt_core.run(open_, tokens)[1], rmt_core.run(plain, tokens)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("threshold", "below", "above"), [(0.2, 0.19, 0.21), (0.9, 0.88, 0.92), (0.9999, 0.999, 0.99999)]
+)
+def test_in_evaluation_a_binary_gate_writes_above_the_threshold(
+    threshold: float, below: float, above: float, dtype: torch.dtype
+) -> None:
+    """In half precision too, where 0.999 and 0.99999 are the same number."""
+    for probability, is_written in [(below, False), (above, True)]:
+        model = binary_model(probability, write_threshold=threshold).to(dtype)
+        before = model.init_state(2)
+        _, after = model.step(tokens_like(2, T), before)
+        assert torch.equal((after != before).any(-1), torch.full((2, 3), is_written))
+    trained = [binary_model(0.7, write_threshold=value).train() for value in (0.5, threshold)]
+    states = []
+    for model in trained:
+        torch.manual_seed(3)
+        states.append(model.step(tokens_like(1, T).expand(50, -1), model.init_state(50))[1])
+    assert torch.equal(states[0], states[1])  # in training it is drawn as ever
+
+
 @pytest.mark.parametrize(("floor", "wanted"), [(0.0, 0.2), (0.5, 0.6)])
 def test_in_training_a_binary_gate_is_drawn(floor: float, wanted: float) -> None:
     model = binary_model(0.2, write_floor=floor).train()
@@ -353,6 +374,16 @@ def test_what_is_drawn_is_drawn_again_where_a_segment_is_computed_again(mode: st
         (
             {"gate": "lstm", "write_floor": 0.1},
             r"memory\.write_floor is 0\.1; it must be 0 where the gate is not binary",
+        ),
+        (
+            {"gate": "binary", "write_threshold": 1.0},
+            r"memory\.write_threshold is 1\.0; it must be above 0 and below 1",
+        ),
+        ({"gate": "binary", "write_threshold": 0}, r"memory\.write_threshold is 0; it must be above 0 and below 1"),
+        ({"gate": "binary", "write_threshold": float("nan")}, r"memory\.write_threshold is nan; it must be above 0"),
+        (
+            {"gate": "fixed", "write_threshold": 0.9},
+            r"memory\.write_threshold is 0\.9; it must be 0\.5 where the gate is not binary",
         ),
         (
             {"num_tokens": 0, "gate": "lstm"},
