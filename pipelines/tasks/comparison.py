@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pipelines import storage
 from pipelines.config import InputError
-from pipelines.tasks import TASKS
+from pipelines.tasks import TASKS, babi
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES
 from pipelines.tasks.cost import COSTS, PEAK_BYTES, SECONDS
 from pipelines.tasks.facts import COUNTS
@@ -50,7 +50,11 @@ SEGMENT_LEN = "segment_len"  # decides what is asked, too, except of some tasks
 _SHORT = 24  # letters of a label behind its kind, at most
 NOT_TOLD = "not told"  # the value of a setting that is missing
 _ALIKE_IN_ANY_SEGMENTS = frozenset(  # tasks whose texts do not depend on how long segments are
-    ("memorise", "quadratic", "sorting", "fwe", "file", *(f"capacity_{num}" for num in COUNTS))
+    (
+        *("memorise", "quadratic", "sorting", "fwe", "file"),
+        *(f"capacity_{num}" for num in COUNTS),
+        *(f"{task}_along" for task in babi.LABELS),
+    )
 )
 
 _FINGERPRINT = re.compile("[0-9a-f]{17,}")
