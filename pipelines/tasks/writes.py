@@ -30,6 +30,7 @@ from pipelines.tasks.samples import Sample, Scene, Wanted
 from rmt_core import RecurrentModel
 
 PLACES = OPENING, BEFORE, FACTS, NEXT, AFTER = "opening", "before", "facts", "next", "after"
+_USUAL_THRESHOLD = 0.5  # of a gate that is given none
 
 
 class Told(NamedTuple):
@@ -102,7 +103,8 @@ def record(model: RecurrentModel, told: Told, tokenizer: Tokenizer, batch_size: 
         right += [bool(one.all()) for one in batch_marks(model, batch, (TRUE,), tokenizer).right[TRUE]]
     written, probability, highest = (np.concatenate(parts) for parts in zip(*traces, strict=True))
     places = places_of(told.first, told.last, told.num_segments)
-    threshold = model.config.memory[0]["write_threshold"]
+    given = model.config.memory[0]["write_threshold"]
+    threshold = _USUAL_THRESHOLD if given is None else given
     return Writes(written, probability, highest, places, told.first, np.array(right), threshold)
 
 

@@ -29,7 +29,7 @@ class RMTConfig:
     gate: str | None = None  # between the old memory and what is written, one of GATES; None: no old one stays
     write_cost: float = 0.0  # nats in the auxiliary loss for a segment whose gate writes the whole memory
     write_floor: float = 0.0  # in training only: the least probability with which a binary gate writes
-    write_threshold: float = 0.5  # in evaluation only: a binary gate writes where its probability is above
+    write_threshold: float | None = None  # in evaluation only: a binary gate writes where it is surer; None: 0.5
 
     def __post_init__(self) -> None:
         at_least(0, self, "num_tokens", "max_past_memories", "noise", "write_cost")
@@ -44,12 +44,11 @@ class RMTConfig:
             raise ValueError(f"memory.write_floor is {self.write_floor}; it must be at least 0 and below 1")
         if self.write_floor and self.gate != "binary":
             raise ValueError(f"memory.write_floor is {self.write_floor}; it must be 0 where the gate is not binary")
-        if not 0 < self.write_threshold < 1:
-            raise ValueError(f"memory.write_threshold is {self.write_threshold}; it must be above 0 and below 1")
-        if self.write_threshold != 0.5 and self.gate != "binary":
-            raise ValueError(
-                f"memory.write_threshold is {self.write_threshold}; it must be 0.5 where the gate is not binary"
-            )
+        threshold = self.write_threshold
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"memory.write_threshold is {threshold}; it must be above 0 and below 1, or None")
+        if threshold is not None and self.gate != "binary":
+            raise ValueError(f"memory.write_threshold is {threshold}; it must be None where the gate is not binary")
         if not self.num_tokens and (read is not None or self.max_past_memories or self.gate):
             raise ValueError("memory.num_tokens is 0; it must be at least 1 where rows are read, retrieved or gated")
 
@@ -209,8 +208,9 @@ class BinaryGate(nn.Module):
     gate err.
     """
 
-    def __init__(self, width: int, floor: float, threshold: float) -> None:
+    def __init__(self, width: int, floor: float, threshold: float | None) -> None:
         super().__init__()
+        threshold = 0.5 if threshold is None else threshold
         self.hidden = nn.Linear(2 * width, width)
         self.update = _linear(width, 1)
         self.floor = floor

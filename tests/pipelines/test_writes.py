@@ -72,6 +72,15 @@ def test_the_record_is_that_of_the_states() -> None:
     assert trace.first.tolist() == found.first.tolist()
 
 
+def test_the_threshold_is_the_models() -> None:
+    found = told(num=2)
+    thresholds = [
+        writes.record(tiny_model({**GATED, **given}, segment_len=SIZE, vocab_size=257), found, BYTES, 2).threshold
+        for given in ({}, {"write_threshold": 0.9})
+    ]
+    assert thresholds == [0.5, 0.9]
+
+
 def test_answers_are_those_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text counts as right where all of its answers are."""
     model, found = gated_model(), told(task="pairs_4", num=8)

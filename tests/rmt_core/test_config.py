@@ -114,7 +114,7 @@ def test_settings_are_written_out() -> None:
         "gate": None,
         "write_cost": 0.0,
         "write_floor": 0.0,
-        "write_threshold": 0.5,
+        "write_threshold": None,
     }
     assert config(memory="rmt").memory == ({**rmt, "num_tokens": 8},)
     assert config(memory=["xl", {"kind": "rmt", "num_tokens": 2}]).memory == (

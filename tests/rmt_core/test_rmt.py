@@ -279,7 +279,7 @@ def test_in_evaluation_a_binary_gate_writes_above_the_threshold(
         before = model.init_state(2)
         _, after = model.step(tokens_like(2, T), before)
         assert torch.equal((after != before).any(-1), torch.full((2, 3), is_written))
-    trained = [binary_model(0.7, write_threshold=value).train() for value in (0.5, threshold)]
+    trained = [binary_model(0.7, write_threshold=value).train() for value in (None, threshold)]
     states = []
     for model in trained:
         torch.manual_seed(3)
@@ -383,7 +383,7 @@ def test_what_is_drawn_is_drawn_again_where_a_segment_is_computed_again(mode: st
         ({"gate": "binary", "write_threshold": float("nan")}, r"memory\.write_threshold is nan; it must be above 0"),
         (
             {"gate": "fixed", "write_threshold": 0.9},
-            r"memory\.write_threshold is 0\.9; it must be 0\.5 where the gate is not binary",
+            r"memory\.write_threshold is 0\.9; it must be None where the gate is not binary",
         ),
         (
             {"num_tokens": 0, "gate": "lstm"},
