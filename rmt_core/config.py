@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
@@ -126,6 +127,7 @@ def _one(item: Any, part: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
 _KNOWN_TYPES: dict[Any, tuple[str, Any]] = {
     int: ("a whole number", int),
     float: ("a number", (int, float)),
+    float | None: ("a number, or None", (int, float, NoneType)),
     bool: ("true or false", bool),
     str: ("a word", str),
 }

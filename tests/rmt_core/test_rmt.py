@@ -379,6 +379,8 @@ def test_what_is_drawn_is_drawn_again_where_a_segment_is_computed_again(mode: st
             {"gate": "binary", "write_threshold": 1.0},
             r"memory\.write_threshold is 1\.0; it must be above 0 and below 1",
         ),
+        ({"gate": "binary", "write_threshold": "a"}, r"memory\.write_threshold is 'a'; it must be a number, or None"),
+        ({"gate": "binary", "write_threshold": True}, r"memory\.write_threshold is True; it must be a number, or None"),
         ({"gate": "binary", "write_threshold": 0}, r"memory\.write_threshold is 0; it must be above 0 and below 1"),
         ({"gate": "binary", "write_threshold": float("nan")}, r"memory\.write_threshold is nan; it must be above 0"),
         (
