@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from pipelines.tasks.comparison import Group, differences_of_measuring, panel_name, panels, places
 from pipelines.tasks.comparison_plot import PANEL_INCHES, curve, draw, length_axis, told
@@ -87,8 +87,11 @@ def _panel(panel: Axes, task: str, kind: str, groups: Sequence[Group], trained_l
     else:
         panel.set_yscale("log")
         low, high = (math.log10(limit) for limit in panel.get_ylim())
-        panel.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # whole decades: at least two are named
+        low, high = math.floor(low), math.ceil(high)  # whole decades: at least two places are named
+        panel.set_ylim(10**low, 10**high)
         panel.yaxis.set_minor_formatter(NullFormatter())
+        if high - low == 1:
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(EngFormatter(unit if len(unit) == 1 else ""))
     lengths = {length for costs in found for length in costs} or places(groups, task)
     length_axis(panel, task, groups, sorted(lengths), trained_len)

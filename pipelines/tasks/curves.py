@@ -98,15 +98,16 @@ def mark_end(panel: Axes, x: float, words: str, color: str) -> None:
     panel.axvline(x, color=color, linestyle=":", linewidth=1.2)
     panel.annotate(
         words,
-        (x, 0.5),
+        (x, 0),
         xycoords=panel.get_xaxis_transform(),
-        xytext=(-4, 0),
+        xytext=(-4, 6),
         textcoords="offset points",
         rotation=90,
         ha="right",
-        va="center",
+        va="bottom",
         fontsize=8,
         color=color,
+        bbox={"color": "white", "alpha": 0.8, "pad": 1},  # may stand on a curve
     )
 
 
