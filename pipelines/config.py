@@ -105,7 +105,6 @@ def parse(
     prog: str,
     description: str,
     base: Mapping[str, Any] | None = None,
-    positional: str | None = None,
 ) -> tuple[ConfigT, bool]:
     """The configuration that a command line asks for, and whether it says --dry-run.
 
@@ -113,7 +112,7 @@ def parse(
     names a field that may be given without its name. Raises InputError; --help prints and exits with 0.
     """
     fields = _fields(config_class)
-    parser = _parser(fields, prog, description, positional, base or {})
+    parser = _parser(fields, prog, description, base or {})
     given = vars(parser.parse_args(_canonical(argv, fields)))
     dry_run = bool(given.pop("dry_run"))
     values: dict[str, Any] = json.loads(json.dumps(base or {}))
@@ -225,7 +224,7 @@ def _canonical(argv: Sequence[str], fields: Mapping[str, pydantic.fields.FieldIn
             out.append(word.replace("_", "-"))
         elif name in fields and (dashed or equals or "." in name):
             if fields[name].annotation is bool and not equals:
-                says = bool(words) and words[0].lower() in _TRUE + _FALSE
+                says = bool(words) and _is_value(words[0], fields)
                 equals, value = "=", words.pop(0) if says else "true"
             out.append(f"--{name}{equals}{value}")
         elif dashed and _negated(name) in fields and not equals:
@@ -237,6 +236,12 @@ def _canonical(argv: Sequence[str], fields: Mapping[str, pydantic.fields.FieldIn
         else:
             out.append(word)
     return out
+
+
+def _is_value(word: str, fields: Mapping[str, pydantic.fields.FieldInfo]) -> bool:
+    """Whether a word behind a field can be nothing but its value, right or wrong."""
+    head = word.partition("=")[0].replace("-", "_")
+    return not (word.startswith("-") or head in fields or _names_section(head, fields))
 
 
 def _names_section(name: str, fields: Mapping[str, pydantic.fields.FieldInfo]) -> bool:
@@ -262,14 +267,10 @@ def _parser(
     fields: Mapping[str, pydantic.fields.FieldInfo],
     prog: str,
     description: str,
-    positional: str | None,
     base: Mapping[str, Any],
 ) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in fields.items():
-        if name == positional:
-            parser.add_argument(name, nargs="?", help=_help(name, field, base))
-            continue
         shown = "--" + name.replace("_", "-")
         options = [shown] if shown == f"--{name}" else [shown, f"--{name}"]
         meta = name.rpartition(".")[2].upper()
@@ -322,6 +323,8 @@ def _explain(fault: Mapping[str, Any], names: list[str]) -> str:
         return f"{option} needs at least {least} {'value' if least == 1 else 'values'}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ").removeprefix("a valid ")
+    if fault["type"] in ("bool_parsing", "bool_type"):
+        message = "yes or no"
     if fault["type"] == "value_error" and not place:
         return message
     shown = "" if isinstance(fault["input"], Mapping) else f" {fault['input']!r}:"

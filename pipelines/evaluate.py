@@ -65,6 +65,7 @@ _READ_BY_TASKS = {  # what a task may read: our setting -> its own
     "limit_segments": "limit_segments",
     "compile": "compiled",
 }
+_POOLS: dict[str, Literal["data", "train"]] = {"cpu": "data", "cuda": "train"}  # nodes of a cluster, by device
 _OF_FULL = {"memory_limit", "segment_len"}  # settings of full attention
 
 
@@ -177,16 +178,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures, or finds measured; the figures of whole lengths. Raises InputError."""
     output, model_uri = storage.absolute(config.output), storage.absolute(config.model)
+    subject, material, identity = _inspect(config, model_uri)
     for field in [field for field in _READ_BY_TASKS if field in config.model_fields_set]:
         if unread := [task for task in config.task if _READ_BY_TASKS[field] not in TASKS[task].settings]:
             log.info("--%s is not read by %s", field.replace("_", "-"), ", ".join(unread))
-    subject, material, identity = _inspect(config, model_uri)
     if (finished := _finished(output, identity)) is not None:
         return _found(config, output, subject, finished["made_by"])
     runs = _runs(config, model_uri)
-    kept = _begin(output, identity, runs)
+    kept = _kept(output, identity, runs)
     if len(kept) < len(runs):
         with connect(config.num_cpus):
+            _check_gpu(config.device)
+            storage.write_json(storage.join(output, PARTIAL), identity)
             kept |= _measure(
                 [run for run in runs if run not in kept], material, lambda run, found: _keep(output, run, found)
             )
@@ -322,8 +325,8 @@ def _in_order(name: str, value: Any) -> Any:
     return sorted(value) if name in ("task", "lengths") and isinstance(value, list) else value
 
 
-def _begin(output: str, identity: dict[str, Any], runs: Sequence[Run]) -> dict[Run, list[Figure]]:
-    """Notes what is measured; gives what an interrupted evaluation of just this has measured already."""
+def _kept(output: str, identity: dict[str, Any], runs: Sequence[Run]) -> dict[Run, list[Figure]]:
+    """What an interrupted evaluation of just this has measured already."""
     names = storage.list_names(output)
     there = storage.read_json(storage.join(output, PARTIAL)) if PARTIAL in names else {}
     known = {_run_name(run): run for run in runs}
@@ -333,7 +336,6 @@ def _begin(output: str, identity: dict[str, Any], runs: Sequence[Run]) -> dict[R
                 f"{output} is an unfinished evaluation made otherwise: {differences}; go on with its settings, give "
                 "another --output or delete it"
             )
-        storage.write_json(storage.join(output, PARTIAL), identity)
         return {}
     kept = {
         known[name]: [
@@ -377,6 +379,14 @@ def _shown(value: Any) -> str:
 # --- the work ---------------------------------------------------------------------------------------
 
 
+def _check_gpu(device: str) -> None:
+    """InputError where the cluster will have none."""
+    if (
+        device == "cuda" and not ray.cluster_resources().get("GPU") and not pool(_POOLS[device])
+    ):  # idle, a pool has none
+        raise InputError("--device cuda: there is no GPU here; use --device cpu, or a cluster that has one")
+
+
 def _measure(
     runs: Sequence[Run], material: Material, keep: Callable[[Run, list[Figure]], None]
 ) -> dict[Run, list[Figure]]:
@@ -386,10 +396,7 @@ def _measure(
     aborts a driver whose task ends in the moment that it is cancelled.
     """
     num_gpus = 1 if runs[0].device == "cuda" else 0
-    where = pool("train" if num_gpus else "data")
-    if num_gpus > ray.cluster_resources().get("GPU", 0) and not where:  # an idle pool has none, and grows
-        raise InputError("--device cuda: there is no GPU here; use --device cpu, or a cluster that has one")
-    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=where)(measure)
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=pool(_POOLS[runs[0].device]))(measure)
     shared = ray.put(material)
     waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
     there = ray.cluster_resources()

@@ -24,7 +24,6 @@ def run_job(
     prog: str,
     description: str,
     base: Mapping[str, Any] | None = None,
-    positional: str | None = None,
     plan: Callable[[ConfigT], dict[str, Any]] | None = None,
 ) -> int:
     """Runs a job as a command and returns its exit code: 0 done, 2 bad input, 1 failed, 130 interrupted.
@@ -39,7 +38,6 @@ def run_job(
             prog=prog,
             description=description,
             base=base,
-            positional=positional,
         )
         with _logs_on_stderr(), _stdout_to_stderr():
             result, code = _shown(config, plan) if dry_run else _result(job, config, prog)

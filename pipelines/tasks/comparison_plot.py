@@ -26,9 +26,8 @@ from pipelines.tasks.curves import (
 )
 from pipelines.tasks.questions import CHANCE, ORACLE
 from pipelines.tasks.report import short_length
-from pipelines.tasks.report_plot import STYLES
+from pipelines.tasks.report_plot import STYLES, draw_oracle
 
-ORACLE_KNOWS = "oracle: knows the counts of a text's last quarter"
 _UNITS = {
     "loss": "loss (nats per token)",
     BY_SEGMENT: "loss (nats per token)",
@@ -64,8 +63,7 @@ def draw(panel: Axes, name: str, groups: Sequence[Group], metric: str, trained_l
     if chances := _beside(groups, name, CHANCE):
         draw_chance(panel, chances, _told_of_chance(groups))
     if oracles := _beside(groups, name, ORACLE):
-        at = sorted(oracles)
-        panel.plot(at, [max(oracles[place]) for place in at], color="grey", linestyle="-.", label=ORACLE_KNOWS)
+        draw_oracle(panel, {at: max(there) for at, there in oracles.items()})
     if any(group.without_memory(name) for group in groups):
         tell_hollow(panel)
     _axes(panel, name, groups, metric, trained_len)

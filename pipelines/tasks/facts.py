@@ -20,6 +20,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)  # of facts held at once
 
 def reason(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """Which key there is, and what this one and another one open; in any order, anywhere or at the wanted depth."""
+    scene.check_apart(LETTERS)
     key, other = generator.choice(len(LETTERS), 2, replace=False)
     opened, other_opened = generator.choice(len(LETTERS), 2, replace=False)
     facts = [
@@ -40,6 +41,7 @@ def capacity(num_facts: int) -> Maker:
 
 
 def _capacity(num_facts: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+    scene.check_apart([*NAMES, *LETTERS])
     names = [NAMES[i] for i in generator.choice(len(NAMES), num_facts, replace=False)]
     letters = [LETTERS[i] for i in generator.integers(len(LETTERS), size=num_facts)]
     facts = [scene.encode(f"{name}: {letter}\n") for name, letter in zip(names, letters, strict=True)]

@@ -25,6 +25,7 @@ MARK, LEADS, QUESTION = "#", "=", "?"
 
 def detect(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """`#K` in the text with one of 16 letters; after `?` at its end the letter must follow."""
+    scene.check_apart([*LETTERS, MARK, QUESTION])
     letter = LETTERS[int(generator.integers(len(LETTERS)))]
     asked = ask(scene, QUESTION, letter, len(LETTERS))
     return compose(scene, wanted, [scene.encode(MARK + letter)], [asked], generator)
@@ -70,6 +71,7 @@ def _join(
     wanted: Wanted,
     generator: np.random.Generator,
 ) -> Sample:
+    scene.check_apart([*LETTERS, MARK, LEADS, QUESTION])
     marked, other = (LETTERS[i] for i in generator.choice(len(LETTERS), 2, replace=False))
     end, other_end = (LETTERS[i] for i in generator.choice(len(LETTERS), 2, replace=False))
     facts = _Facts(marked, {marked: end, other: other_end})
@@ -92,6 +94,7 @@ def pairs(num_pairs: int) -> Maker:
 
 def _pairs(num_pairs: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     num_keys = max(num_pairs, len(LETTERS))
+    scene.check_apart([*KEYS[:num_keys], LEADS])
     keys = [LEADS + KEYS[i] for i in generator.choice(num_keys, num_pairs, replace=False)]
     values = [LETTERS[i] for i in generator.integers(len(LETTERS), size=num_pairs)]
     facts = [scene.encode(key + value) for key, value in zip(keys, values, strict=True)]

@@ -19,6 +19,7 @@ ANSWER = " {}"
 
 def detect(scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     """The fact anywhere, or at the wanted depth."""
+    scene.check_apart(LETTERS)
     letter = LETTERS[int(generator.integers(len(LETTERS)))]
     asked = ask(scene, QUESTION, ANSWER.format(letter), len(LETTERS))
     return compose(scene, wanted, [scene.encode(FACT.format(letter))], [asked], generator)

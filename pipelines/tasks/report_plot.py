@@ -4,7 +4,7 @@ Lines as in `report`.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Drawing
 
 from pipelines.tasks.base import DOES_NOT_FIT, MEMORIES, TRUE
 from pipelines.tasks.curves import about_chance, draw_chance, hollow, log_axis, mark_end, tell_hollow
-from pipelines.tasks.questions import ACCURACY, AT_DEPTH
+from pipelines.tasks.questions import ACCURACY, AT_DEPTH, ORACLE
 from pipelines.tasks.report import Line, Subject, curve_of, distinct, named, num_samples, pooled, short_length
 
 STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-blind readers tell apart
@@ -23,6 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {  # colours of Okabe and Ito, which colour-
     "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
 SAME_PLACE = "\n†: facts stand where they do at the depth before"
+ORACLE_KNOWS = "oracle: knows the counts of a text's last quarter"
 _MAX_POINTS = 128  # of a curve; more segments are averaged
 _COLUMNS = 4  # of panels
 
@@ -32,7 +33,7 @@ def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
     lines = pooled(lines)
     curves = [line for line in lines if line["metric"] == "loss_by_segment"]
     answers = _by_task(lines, ACCURACY)
-    ends = _by_task(lines, DOES_NOT_FIT)
+    ends, oracles = (_by_task(lines, metric) for metric in (DOES_NOT_FIT, ORACLE))
     depths = _by_task(lines, AT_DEPTH)
     num_panels = max(1, bool(curves) + len(answers) + len(depths))
     columns, rows = min(num_panels, _COLUMNS), -(-num_panels // _COLUMNS)
@@ -42,7 +43,7 @@ def plot(subject: Subject, lines: Sequence[Line]) -> bytes:
     if curves:
         _plot_curves(panels.pop(0), curves, subject)
     for task, mine in answers.items():
-        _plot_accuracy(panels.pop(0), task, mine, ends.get(task, []))
+        _plot_accuracy(panels.pop(0), task, mine, ends.get(task, []), oracles.get(task, []))
     for task, mine in depths.items():
         _plot_depths(panels.pop(0), task, mine)
     for panel in panels:
@@ -102,7 +103,9 @@ def _plot_curves(panel: Axes, lines: Sequence[Line], subject: Subject) -> None:
     panel.legend(title="memory")
 
 
-def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence[Line]) -> None:
+def _plot_accuracy(
+    panel: Axes, task: str, lines: Sequence[Line], ends: Sequence[Line], oracles: Sequence[Line]
+) -> None:
     lengths = sorted({*distinct(lines, "length"), *distinct(ends, "length")})
     for shift, memory in zip((1.0, 0.97, 1.03), MEMORIES, strict=True):  # apart, so that intervals can be read
         chosen = sorted((line for line in lines if line["memory"] == memory), key=lambda line: line["length"])
@@ -119,6 +122,8 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
     if chances := [line["chance"] for line in lines if "chance" in line]:
         by_length = {line["length"]: [line["chance"]] for line in lines if "chance" in line}
         draw_chance(panel, by_length, f"chance ({about_chance(chances)})")
+    if oracles:
+        draw_oracle(panel, {line["length"]: line["value"] for line in oracles})
     if any(line.get("needs_memory") is False for line in lines):
         tell_hollow(panel)
     _length_axis(panel, lengths)
@@ -129,6 +134,12 @@ def _plot_accuracy(panel: Axes, task: str, lines: Sequence[Line], ends: Sequence
     panel.set_title(f"{named(task, lines)}: {num_samples(lines)} samples a length", fontsize=10)
     panel.grid(alpha=0.3)
     panel.legend(title="memory")
+
+
+def draw_oracle(panel: Axes, by_length: Mapping[int, float]) -> None:
+    """What the oracle of a task has right."""
+    at = sorted(by_length)
+    panel.plot(at, [by_length[length] for length in at], color="grey", linestyle="-.", label=ORACLE_KNOWS)
 
 
 def _length_axis(panel: Axes, lengths: Sequence[int]) -> None:

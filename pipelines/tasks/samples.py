@@ -3,7 +3,7 @@
 Axes: N tokens of a text, a tokens of an answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -66,6 +66,16 @@ class Scene(NamedTuple):
     def begin(self, text: str) -> np.ndarray:
         """Tokens of a text's beginning."""
         return self.tokenizer.encode(text).astype(np.int32)
+
+    def check_apart(self, symbols: Iterable[str]) -> None:
+        """ValueError where two of these have the same tokens: `A` and `a` have where a tokenizer folds case."""
+        known: dict[bytes, str] = {}
+        for symbol in symbols:
+            other = known.setdefault(self.encode(symbol).tobytes(), symbol)
+            if other != symbol:
+                raise ValueError(
+                    f"the tokenizer has the same tokens for {other!r} and {symbol!r}; use another tokenizer"
+                )
 
 
 class Maker(Protocol):

@@ -31,6 +31,7 @@ _MAX_STRETCH = 2**16  # symbols
 
 
 def _letters(scene: Scene, num: int) -> list[np.ndarray]:
+    scene.check_apart(LETTERS[:num])
     return [scene.encode(letter) for letter in LETTERS[:num]]
 
 
@@ -80,6 +81,7 @@ def _looked_up(
     num: int, rewrites: bool, most_asked: int, scene: Scene, wanted: Wanted, generator: np.random.Generator
 ) -> Sample:
     """With so many pairs."""
+    scene.check_apart(LETTERS)
     names = _distinct_keys(min(num, NUM_REWRITTEN) if rewrites else num, generator)
     which = generator.integers(len(names), size=num) if rewrites else np.arange(num)
     values = generator.integers(len(LETTERS), size=num)

@@ -72,8 +72,15 @@ def test_flags_can_be_set_and_unset() -> None:
         (["--strict", "--no-strict"], False),
         (["--strict", "true"], True),
         (["--strict=false"], False),
+        (["--strict", "optimiser.kind=sgd"], True),
+        (["--strict", "optimiser.kind", "sgd"], True),
     ):
         assert _parse("--input", "a", *argv).strict is value
+
+
+def test_a_flag_that_is_neither_set_nor_unset_is_told_with_its_value() -> None:
+    for argv in (["--strict", "maybe"], ["--strict=maybe"]):
+        assert _error("--input", "a", *argv) == "--strict 'maybe': needs to be yes or no"
 
 
 def test_values_are_read_by_type() -> None:
@@ -89,16 +96,6 @@ def test_the_command_line_wins_over_the_base_and_the_base_over_defaults() -> Non
     job = _parse("--input", "a", "optimiser.learning_rate=0.5", base=base)
     assert (job.segment_len, job.optimiser.kind, job.optimiser.learning_rate) == (8, "sgd", 0.5)
     assert base["optimiser"] == {"kind": "sgd", "learning_rate": 0.25}
-
-
-def test_a_positional_may_go_without_its_name() -> None:
-    class Named(Config):
-        recipe: str = pydantic.Field("default", description="a recipe")
-        steps: int = pydantic.Field(1, description="steps")
-
-    for argv, recipe in (([], "default"), (["tiny"], "tiny"), (["tiny", "--steps", "3"], "tiny")):
-        config, _ = parse(Named, argv, prog="job", description="", positional="recipe")
-        assert config.recipe == recipe
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The evaluate job as a command: what it writes, what it refuses, and its report."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -331,11 +332,17 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_gpu_that_is_not_there_is_refused(local_ray: None, model: Path) -> None:
+def test_a_gpu_that_is_not_there_is_refused(
+    local_ray: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
+    monkeypatch.setattr(evaluate, "connect", lambda _: contextlib.nullcontext())
+    output = tmp_path / "figures"
+    config = evaluate.EvaluateConfig(model=str(model), output=str(output), task=["recall"], lengths=[64], device="cuda")
     with pytest.raises(InputError, match="no GPU"):
-        evaluate._measure([Run("recall", 64, str(model), "cuda", 0)], HERE, keep_nothing)
+        evaluate.evaluate(config)
+    assert not output.exists()
 
 
 def test_a_fault_of_the_input_seen_by_a_worker_is_reported_as_such(local_ray: None, tmp_path: Path) -> None:
@@ -559,9 +566,9 @@ def test_where_there_is_no_telling_what_chance_gives_none_is_shown() -> None:
 def test_a_count_is_the_same_line_after_an_interruption_and_whole_in_the_table(tmp_path: Path) -> None:
     run, output, identity = Run("file", 64, "m", "cpu", 0), str(tmp_path), {"task": ["file"]}
     figures = [Figure("accuracy", 0.5, "true", num_samples=4, low=0, high=1), Figure("num_longer", 3)]
-    evaluate._begin(output, identity, [run])
+    (tmp_path / evaluate.PARTIAL).write_text(json.dumps(identity))
     evaluate._keep(output, run, figures)
-    [kept] = evaluate._begin(output, identity, [run]).values()
+    [kept] = evaluate._kept(output, identity, [run]).values()
     lines = [json.dumps([evaluate._line(run, figure, SUBJECT) for figure in found]) for found in (figures, kept)]
     assert lines[0] == lines[1]
     assert "| 64 | 3 |" in report.markdown(SUBJECT, json.loads(lines[1]))
@@ -614,14 +621,17 @@ def test_depths_have_a_table_and_a_heat_map(monkeypatch: pytest.MonkeyPatch) -> 
     assert "† Facts stand where they do at the depth before" in written
 
 
-def test_an_oracle_stands_beside_the_memories() -> None:
+def test_an_oracle_stands_beside_the_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line("sorting", 64, Figure("accuracy", 0.5, memory, num_samples=4, low=0, high=1, chance=0.05))
              for memory in MEMORIES]  # fmt: skip
     lines.append(line("sorting", 64, Figure("oracle", 0.375, num_samples=4, low=0.25, high=0.5)))
     written = report.markdown(SUBJECT, lines)
     assert "| 64 | 4 | 0.3750 [0.2500, 0.5000] |" in written
     assert "last quarter, and at every place the true symbols before it" in written
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda _, *points, **looks: drawn.update({looks["label"]: points}))
     report_plot.plot(SUBJECT, lines)
+    assert drawn[report_plot.ORACLE_KNOWS] == ([64], [0.375])
 
 
 def test_a_memory_is_told_with_what_is_off_unless_it_is_so_by_default() -> None:

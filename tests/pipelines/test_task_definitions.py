@@ -265,6 +265,53 @@ def test_the_window_oracle_of_sorting_has_as_many_right_as_published() -> None:
     assert oracle == pytest.approx(0.37, abs=0.05)
 
 
+class FoldsCase(ByteTokenizer):
+    def encode_inside(self, text: str) -> np.ndarray:
+        return super().encode_inside(text.lower())
+
+
+class KnowsNoSigns(ByteTokenizer):
+    def encode_inside(self, text: str) -> np.ndarray:
+        return super().encode_inside(re.sub(r"[#=?]", "!", text))
+
+
+@pytest.mark.parametrize("num", mark.COUNTS)
+def test_keys_that_the_tokenizer_does_not_tell_apart_are_refused(num: int) -> None:
+    scene, wanted = Scene(FoldsCase(), texts.noise(BYTES)), Wanted(600, SEGMENT_LEN)
+    if num <= 16:  # capitals alone
+        assert mark.pairs(num)(scene, wanted, np.random.default_rng(0)).answers
+        return
+    with pytest.raises(ValueError, match="the same tokens for 'A' and 'a'; use another tokenizer"):
+        mark.pairs(num)(scene, wanted, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("make", [mark.detect, mark.join("both"), mark.join("leads")])
+def test_marks_that_the_tokenizer_does_not_tell_apart_are_refused(make: Maker) -> None:
+    with pytest.raises(ValueError, match="the same tokens for '[#=]' and '[=?]'"):
+        make(Scene(KnowsNoSigns(), texts.noise(BYTES)), Wanted(600, SEGMENT_LEN), np.random.default_rng(0))
+
+
+class KnowsOneLetter(ByteTokenizer):
+    def encode_inside(self, text: str) -> np.ndarray:
+        return super().encode_inside(re.sub(r"[A-Z]", "A", text))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        recall.detect,
+        facts.reason,
+        facts.capacity(1),
+        symbols.copying(backwards=True),
+        symbols.retrieval(rewrites=True),
+        symbols.sorting,
+    ],
+)
+def test_letters_that_the_tokenizer_does_not_tell_apart_are_refused(make: Maker) -> None:
+    with pytest.raises(ValueError, match="the same tokens for '[A-Z]0?' and '[A-Z]0?'"):
+        make(Scene(KnowsOneLetter(), texts.noise(BYTES)), Wanted(600, SEGMENT_LEN), np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_roots_solve_the_equation(seed: int) -> None:
     sample = draw(quadratic.equation, 400, seed)
