@@ -14,12 +14,13 @@ Axes: B texts, S segments before the one that asks, M memory tokens.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.config import InputError
 from pipelines.data.tokenise import Tokenizer
@@ -28,9 +29,13 @@ from pipelines.tasks.base import TRUE, batch_sizes, device_of, segments
 from pipelines.tasks.questions import batch_marks
 from pipelines.tasks.samples import Sample, Scene, Wanted
 from rmt_core import RecurrentModel
+from rmt_core.memory.rmt import BinaryGate
+from rmt_core.state import State
 
 PLACES = OPENING, BEFORE, FACTS, NEXT, AFTER = "opening", "before", "facts", "next", "after"
 _USUAL_THRESHOLD = 0.5  # of a gate that is given none
+_MOST_PASSAGES = 16  # that are shown
+_PASSAGE_TOKENS = 24
 
 
 class Told(NamedTuple):
@@ -40,6 +45,14 @@ class Told(NamedTuple):
     first: np.ndarray  # (B,) int64
     last: np.ndarray  # (B,) int64
     num_segments: int  # before the one that asks
+
+
+class Passage(NamedTuple):
+    """How a segment begins that writes the memory where no fact stands."""
+
+    row: int  # its text
+    segment: int
+    words: str
 
 
 class Writes(NamedTuple):
@@ -52,17 +65,26 @@ class Writes(NamedTuple):
     first: np.ndarray  # (B,) the facts' first segment
     right: np.ndarray  # (B,) bool: all answers
     threshold: float  # of the gate
+    passages: list[Passage]  # before the facts and after them, the surest first
 
 
 def check(model: RecurrentModel) -> None:
     """InputError for a memory that every segment writes."""
     settings = model.config.memory
-    is_gated = len(settings) == 1 and settings[0].get("gate") == "binary" and isinstance(model.init_state(1), Tensor)
-    if not is_gated:
+    num_gated = sum(one.get("gate") == "binary" for one in settings)
+    if num_gated != 1 or not isinstance(_memory_of(model, model.init_state(1)), Tensor):
         kinds = " with ".join(one["kind"] for one in settings)
-        raise InputError(
-            f'memory {kinds} has no binary gate; use rmt alone with "gate": "binary", without past memories'
-        )
+        raise InputError(f'memory {kinds} has no binary gate; use one rmt with "gate": "binary", without past memories')
+
+
+def _gated(model: RecurrentModel) -> int:
+    """Which of the model's memories has a binary gate."""
+    return next(at for at, one in enumerate(model.config.memory) if one.get("gate") == "binary")
+
+
+def _memory_of(model: RecurrentModel, state: State) -> State:
+    """The part of the state that the gate lets be written."""
+    return state[_gated(model)] if len(model.config.memory) > 1 else state
 
 
 def make_texts(
@@ -103,9 +125,30 @@ def record(model: RecurrentModel, told: Told, tokenizer: Tokenizer, batch_size: 
         right += [bool(one.all()) for one in batch_marks(model, batch, (TRUE,), tokenizer).right[TRUE]]
     written, probability, highest = (np.concatenate(parts) for parts in zip(*traces, strict=True))
     places = places_of(told.first, told.last, told.num_segments)
-    given = model.config.memory[0]["write_threshold"]
+    given = model.config.memory[_gated(model)]["write_threshold"]
     threshold = _USUAL_THRESHOLD if given is None else given
-    return Writes(written, probability, highest, places, told.first, np.array(right), threshold)
+    passages = [
+        Passage(row, segment, _words(told.samples[row], segment, model.segment_len, tokenizer))
+        for row, segment in surest(highest, elsewhere(written, places))[:_MOST_PASSAGES].tolist()
+    ]
+    return Writes(written, probability, highest, places, told.first, np.array(right), threshold, passages)
+
+
+def elsewhere(written: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Which segments write the memory before the facts or after them, (B, S) bool."""
+    return (written > 0) & np.isin(places, [PLACES.index(BEFORE), PLACES.index(AFTER)])
+
+
+def surest(probability: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The chosen ones of (B, S), those with the highest probability first: (n, 2) int64."""
+    found = np.argwhere(chosen)
+    return found[np.argsort(-probability[chosen], kind="stable")]
+
+
+def _words(sample: Sample, segment: int, size: int, tokenizer: Tokenizer) -> str:
+    """How a segment of a text begins."""
+    blocks = texts.in_blocks(sample.stream(), size)
+    return tokenizer.decode(next(itertools.islice(blocks, segment, None))[:_PASSAGE_TOKENS])
 
 
 def _record_batch(model: RecurrentModel, samples: Sequence[Sample], num: int) -> tuple[np.ndarray, ...]:
@@ -113,17 +156,18 @@ def _record_batch(model: RecurrentModel, samples: Sequence[Sample], num: int) ->
     state = model.init_state(len(samples))
     written = []
     rows = [texts.cut(sample.stream(), num * model.segment_len) for sample in samples]
-    with _probabilities(model.memory.get_submodule("gate")) as found:
+    [gate] = (module for module in model.memory.modules() if isinstance(module, BinaryGate))
+    with _probabilities(gate) as found:
         for part in segments(rows, model.segment_len, device_of(model)):
             new = model.step(part.tokens, state, part.lengths)[1]
-            written.append((new != state).any(-1).float().mean(-1))
+            written.append((_memory_of(model, new) != _memory_of(model, state)).any(-1).float().mean(-1))
             state = new
     probabilities = torch.stack(found, 1).float().cpu()
     return torch.stack(written, 1).cpu().numpy(), probabilities.mean(-1).numpy(), probabilities.amax(-1).numpy()
 
 
 @contextlib.contextmanager
-def _probabilities(gate: nn.Module) -> Iterator[list[Tensor]]:
+def _probabilities(gate: BinaryGate) -> Iterator[list[Tensor]]:
     """Those with which the gate would write each token, (B, M) for every segment that is read meanwhile."""
     found: list[Tensor] = []
 

@@ -3,6 +3,7 @@
 Axes: B texts, S segments before the one that asks.
 """
 
+import json
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure as Drawing
 from pipelines.tasks.curves import png
 from pipelines.tasks.intervals import wilson_interval
 from pipelines.tasks.report import titled
-from pipelines.tasks.writes import AFTER, BEFORE, FACTS, PLACES, Writes
+from pipelines.tasks.writes import AFTER, BEFORE, FACTS, PLACES, Writes, elsewhere
 
 _MAX_TEXTS = 64  # that are drawn
 _MAX_COLUMNS = 512  # of segments
@@ -70,8 +71,11 @@ def _lines(panel: Axes, found: Writes, rows: np.ndarray) -> None:
 
 
 def table(found: Writes) -> str:
-    """What is written where and would be with other thresholds, and answers by where else than at the facts it is."""
-    return f"{_by_place(found)}\n\n{_by_threshold(found)}\n\n{_by_error(found)}\n"
+    """What is written where and would be with other thresholds, answers by where else than at the facts it is, and how
+    the passages begin that it is at.
+    """
+    parts = [_by_place(found), _by_threshold(found), _by_error(found), *([_passages(found)] if found.passages else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def _by_place(found: Writes) -> str:
@@ -134,6 +138,27 @@ def _by_error(found: Writes) -> str:
     else:
         note += "In every text a segment with the facts is written."
     return f"{titled('answers', heads, rows, 'texts, by where else the memory is written')}\n\n{note}"
+
+
+def _passages(found: Writes) -> str:
+    rows = [
+        [
+            f"{one.row}",
+            f"{one.segment:,}",
+            _WORDS[PLACES[found.places[one.row, one.segment]]],
+            f"{found.highest[one.row, one.segment]:.4f}",
+            _as_code(one.words),
+        ]
+        for one in found.passages
+    ]
+    heads = ["text", "segment", "where", "highest probability", "begins with"]
+    num = int(elsewhere(found.written, found.places).sum())
+    return titled("taken for facts", heads, rows, f"the surest of {num:,} segments that are written elsewhere")
+
+
+def _as_code(words: str) -> str:
+    """In a cell of a table."""
+    return "`" + json.dumps(words, ensure_ascii=False)[1:-1].replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _wrote(found: Writes, place: str) -> np.ndarray:

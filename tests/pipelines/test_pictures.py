@@ -163,7 +163,7 @@ def test_facts_that_all_differ_have_no_read_out(
         ("none", "", ["slots: memory none is not one vector", "attention: memory none has no rows to read or write"]),
         ("memformer", "--pictures attention", ["attention: memory memformer is not rows among"]),
         ("armt", "--pictures slots,attention", ["slots: memory armt is not one vector a token or slot"]),
-        ("rmt", "--pictures writes", ["writes: memory rmt has no binary gate; use rmt alone with"]),
+        ("rmt", "--pictures writes", ["writes: memory rmt has no binary gate; use one rmt with"]),
         ("rmt", "--task memorise", ["--task memorise", "use recall, detect"]),
         ("rmt", "--length 30", ["use a longer --length"]),
         ("rmt", "--pictures slot", ["--pictures", "slot"]),

@@ -1,5 +1,6 @@
 """Where a gate lets the memory be written: the record is that of the states, told apart by where the facts stand."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from pipelines.tasks.base import TRUE
 from pipelines.tasks.questions import batch_marks
 from pipelines.tasks.samples import Scene, Wanted
 from pipelines.tasks.texts import noise, whole
-from pipelines.tasks.writes import AFTER, BEFORE, FACTS, NEXT, OPENING, PLACES, Writes
+from pipelines.tasks.writes import AFTER, BEFORE, FACTS, NEXT, OPENING, PLACES, Passage, Writes
 from pipelines.tasks.writes_picture import plot, table
+from rmt_core.memory.rmt import BinaryGate
 
 from ..rmt_core.tiny import ARMT, MEMFORMER, RMT, RMT_R, XL, tiny_model
 
@@ -28,11 +30,15 @@ def told(length: int = 200, num: int = 12, task: str = "detect", seed: int = 0) 
     return writes.make_texts(task, BYTES, noise(BYTES), Wanted(length, SIZE), num, seed)
 
 
-def gated_model() -> Any:
+def gate_of(model: Any) -> BinaryGate:
+    return next(module for module in model.memory.modules() if isinstance(module, BinaryGate))
+
+
+def gated_model(memory: Any = GATED) -> Any:
     """A model whose gate writes some tokens and some not."""
-    model = tiny_model(GATED, segment_len=SIZE, vocab_size=257)
+    model = tiny_model(memory, segment_len=SIZE, vocab_size=257)
     torch.manual_seed(3)
-    gate = model.memory.gate
+    gate = gate_of(model)
     nn.init.normal_(gate.update.weight, std=30.0)
     nn.init.constant_(gate.update.bias, -2.0)
     return model
@@ -40,7 +46,8 @@ def gated_model() -> Any:
 
 def naive(model: Any, tokens: Tensor) -> tuple[list[list[bool]], list[list[float]]]:
     """Which tokens of the memory each segment of one text (N,) changes, and its gate's probabilities of these."""
-    gate, seen = model.memory.gate, []
+    gate, seen = gate_of(model), []
+    at = next((i for i, member in enumerate(getattr(model.memory, "members", [])) if hasattr(member, "gate")), None)
 
     def spy(memory: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         features = nn.functional.gelu(gate.hidden(torch.cat([written, memory], -1)))
@@ -51,14 +58,16 @@ def naive(model: Any, tokens: Tensor) -> tuple[list[list[bool]], list[list[float
     state, changed = model.init_state(1), []
     for start in range(0, len(tokens), SIZE):
         new = model.step(tokens[None, start : start + SIZE], state)[1]
-        changed.append([not torch.equal(a, b) for a, b in zip(new[0], state[0], strict=True)])
+        memories = [one[0] if at is None else one[at][0] for one in (new, state)]
+        changed.append([not torch.equal(a, b) for a, b in zip(*memories, strict=True)])
         state = new
     gate.forward = forward
     return changed, seen
 
 
-def test_the_record_is_that_of_the_states() -> None:
-    model, found = gated_model(), told()
+@pytest.mark.parametrize("memory", [GATED, [XL, GATED]])
+def test_the_record_is_that_of_the_states(memory: Any) -> None:
+    model, found = gated_model(memory), told()
     trace = writes.record(model, found, BYTES, batch_size=5)
     num = (200 - 2) // SIZE
     assert trace.written.shape == trace.probability.shape == trace.places.shape == (12, num)
@@ -70,6 +79,18 @@ def test_the_record_is_that_of_the_states() -> None:
         assert trace.highest[row] == pytest.approx(np.max(probability, 1), abs=1e-6)
     assert 0.1 < trace.written.mean() < 0.9  # some are written, some are not
     assert trace.first.tolist() == found.first.tolist()
+    sure = sorted(
+        (
+            (-trace.highest[row, at], row, at)
+            for row, at in np.ndindex(trace.written.shape)
+            if trace.written[row, at] and PLACES[trace.places[row, at]] in (BEFORE, AFTER)
+        ),
+    )[:16]
+    assert len(sure) == 16
+    assert [(one.row, one.segment) for one in trace.passages] == [place[1:] for place in sure]
+    for one in trace.passages:
+        text = whole(found.samples[one.row].stream)
+        assert one.words == BYTES.decode(text[one.segment * SIZE : (one.segment + 1) * SIZE])
 
 
 def test_the_threshold_is_the_models() -> None:
@@ -145,7 +166,8 @@ def example() -> Writes:
     probability[0, 3] = 0.4
     first = np.full(4, 2)
     places, right = writes.places_of(first, first, 5), np.array([True, True, False, False])
-    return Writes(written, probability, probability + 0.045, places, first, right, threshold=0.8)
+    passages = [Passage(1, 1, "`a|b`\n"), Passage(2, 4, "é")]
+    return Writes(written, probability, probability + 0.045, places, first, right, threshold=0.8, passages=passages)
 
 
 def cells(lines: list[str]) -> dict[str, list[str]]:
@@ -156,14 +178,15 @@ def cells(lines: list[str]) -> dict[str, list[str]]:
 
 def test_the_tables_count_segments_and_answers() -> None:
     lines = table(example()).splitlines()
-    starts = [next(at for at, line in enumerate(lines) if line.startswith(head)) for head in ("### thres", "### answ")]
-    segments, above, answers = cells(lines[: starts[0]]), cells(lines[slice(*starts)]), cells(lines[starts[1] :])
+    heads = ("### written", "### thres", "### answ", "### taken")
+    starts = [next(at for at, line in enumerate(lines) if line.startswith(head)) for head in heads]
+    segments, above, answers = (cells(lines[slice(*part)]) for part in itertools.pairwise(starts))
     assert segments["the text's first"] == ["4", "4", "0", "1.0000", "0.9500"]
     assert segments["before the facts"] == ["4", "1", "0", "0.2500", "0.2450"]
     assert segments["with the facts"] == ["4", "3", "0", "0.3750", "0.7150"]
     assert segments["the next one"][:3] == ["4", "0", "1"]
     assert segments["after that"][:2] == ["4", "1"]
-    assert "it writes those whose own is above 0.8." in lines[starts[0] - 2]
+    assert "it writes those whose own is above 0.8." in lines[starts[1] - 2]
     assert list(above)[2:] == ["0.5", "0.8", "0.9", "0.99", "0.999", "0.9999"]  # behind the heads
     assert above["0.8"] == above["0.99"] == ["3", "1", "1"]
     assert above["0.999"] == ["0", "0", "0"]
@@ -172,7 +195,13 @@ def test_the_tables_count_segments_and_answers() -> None:
     assert answers["after them"][:2] == ["1", "0"]
     assert answers["before and after"] == ["0", "-", "-"]
     assert answers["all texts"][:2] == ["4", "2"]
-    assert "Texts in which no segment with the facts is written: 1, of which 0 are right." in lines[-1]
+    assert "Texts in which no segment with the facts is written: 1, of which 0 are right." in lines[starts[3] - 2]
+    assert lines[starts[3]] == "### taken for facts (the surest of 2 segments that are written elsewhere)"
+    assert lines[-2:] == [
+        r"| 1 | 1 | before the facts | 0.9950 | `'a\|b'\n` |",
+        "| 2 | 4 | after that | 0.9950 | `é` |",
+    ]
+    assert "taken for facts" not in table(example()._replace(passages=[]))
 
 
 def test_the_picture_changes_with_the_record() -> None:
@@ -190,7 +219,7 @@ def test_a_write_among_many_segments_is_drawn() -> None:
     written = np.zeros((3, 5000))
     first = np.array([10, 2500, 4999])
     places = writes.places_of(first, first, 5000)
-    found = Writes(written, written, written, places, first, np.ones(3, dtype=bool), threshold=0.5)
+    found = Writes(written, written, written, places, first, np.ones(3, dtype=bool), threshold=0.5, passages=[])
     single = written.copy()
     single[1, 1234] = 1.0
     assert plot(found, "") != plot(found._replace(written=single), "")
@@ -198,12 +227,24 @@ def test_a_write_among_many_segments_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     "memory",
-    [RMT, RMT_R, {**RMT_R, "gate": "binary"}, {**RMT, "gate": "lstm"}, ARMT, XL, MEMFORMER, [XL, GATED], "none"],
+    [
+        RMT,
+        RMT_R,
+        {**RMT_R, "gate": "binary"},
+        {**RMT, "gate": "lstm"},
+        ARMT,
+        XL,
+        MEMFORMER,
+        [XL, RMT],
+        [XL, {**RMT_R, "gate": "binary"}],
+        "none",
+    ],
 )
 def test_memories_without_a_binary_gate_are_refused(memory: Any) -> None:
-    with pytest.raises(InputError, match="has no binary gate; use rmt alone"):
+    with pytest.raises(InputError, match="has no binary gate; use one rmt with"):
         writes.check(tiny_model(memory, segment_len=SIZE, vocab_size=257))
-    writes.check(gated_model())
+    for memory in (GATED, [XL, GATED]):
+        writes.check(gated_model(memory))
 
 
 @pytest.mark.parametrize(
