@@ -6,8 +6,8 @@ Texts of the task begin with their facts, but for the last. slots.png and slots.
 each memory token or slot keeps, how it moves, and how well the fact can be read from it. attention.png,
 attention_by_layer.png and attention.md (memories that are rows among the text's): where attention goes in the segment
 that asks. writes.png and writes.md (rmt with a binary gate): which segments write the memory of texts whose facts stand
-anywhere, and how answers fare where others than those of the facts do. Earlier pictures in the same directory are
-replaced.
+anywhere, how answers fare where others than those of the facts do, and how these begin. Earlier pictures in the same
+directory are replaced.
 """
 
 import sys
