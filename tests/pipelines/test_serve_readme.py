@@ -27,7 +27,9 @@ def commands() -> Iterator[list[str]]:
 
 
 def test_its_requests_are_answered(tmp_path: Path) -> None:
-    (tmp_path / "emma.txt").write_text(BOOK)
+    book = tmp_path / "pipelines/books/train/emma.txt"
+    book.parent.mkdir(parents=True)
+    book.write_text(BOOK)
     answers = {}
     with running() as server:
         for words in commands():
