@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
 
@@ -108,8 +107,8 @@ def parse(
 ) -> tuple[ConfigT, bool]:
     """The configuration that a command line asks for, and whether it says --dry-run.
 
-    `base` holds nested values that lie between the defaults and the command line (a recipe). `positional`
-    names a field that may be given without its name. Raises InputError; --help prints and exits with 0.
+    `base` holds nested values that lie between the defaults and the command line (a recipe). Raises InputError; --help
+    prints and exits with 0.
     """
     fields = _fields(config_class)
     parser = _parser(fields, prog, description, base or {})

@@ -380,10 +380,8 @@ def _shown(value: Any) -> str:
 
 
 def _check_gpu(device: str) -> None:
-    """InputError where the cluster will have none."""
-    if (
-        device == "cuda" and not ray.cluster_resources().get("GPU") and not pool(_POOLS[device])
-    ):  # idle, a pool has none
+    """InputError where the cluster has none and no pool that grows by some."""
+    if device == "cuda" and not ray.cluster_resources().get("GPU") and not pool(_POOLS[device]):
         raise InputError("--device cuda: there is no GPU here; use --device cpu, or a cluster that has one")
 
 
