@@ -25,6 +25,7 @@ from typing import Any, Literal
 import ray
 import ray.data
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config import InputError
 
@@ -111,6 +112,13 @@ def has_cluster() -> bool:
         or _JOB_VARIABLE in os.environ
         or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     )
+
+
+def beside_driver() -> Any:
+    """Where an actor outlives all nodes but the driver's; anywhere, for a driver outside the cluster."""
+    if ray.util.client.ray.is_connected():
+        return "DEFAULT"
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def pool(name: Literal["train", "data"]) -> dict[str, str]:

@@ -24,7 +24,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ import pydantic
 import ray
 
 from pipelines import storage
-from pipelines.cluster import connect, pool
+from pipelines.cluster import beside_driver, connect, pool
 from pipelines.config import Config, Count, InputError, as_command, canonical_json, split_commas
 from pipelines.job import run_job
 from pipelines.origin import in_words, origin
@@ -43,6 +43,7 @@ from pipelines.tasks.held_out import open_held_out
 from pipelines.tasks.report import CONFIG, COST_LINES, FORMAT, METRICS, Subject, short_length
 from pipelines.tasks.running import Full, Run, check_compiler, load, measure, reading
 from pipelines.tasks.subject import subject_of
+from pipelines.tasks.tally import Tally
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "pipelines.evaluate")
 
@@ -396,7 +397,8 @@ def _measure(
     num_gpus = 1 if runs[0].device == "cuda" else 0
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=pool(_POOLS[runs[0].device]))(measure)
     shared = ray.put(material)
-    waiting = {remote.remote(run, shared): run for run in sorted(runs, key=lambda run: -run.length)}
+    tally = ray.remote(num_cpus=0)(Tally).options(scheduling_strategy=beside_driver()).remote()
+    waiting = {remote.remote(run, shared, tally): run for run in sorted(runs, key=lambda run: -run.length)}
     there = ray.cluster_resources()
     num_at_once = _at_once(len(runs), there.get("GPU", 0) if num_gpus else there.get("CPU", 0))
     log.info("measuring %s", ", ".join(_words(run) for run in runs))
@@ -406,7 +408,8 @@ def _measure(
         while len(found) < len(runs):
             done, rest = ray.wait([ref for ref, run in waiting.items() if run not in found], timeout=_REPORT_S)
             if not done:
-                log.info("%d of %d still to come (%.0f s)", len(rest), len(runs), time.monotonic() - began)
+                far = "".join(f"; {words}" for words in _how_far(ray.get(tally.told.remote()), found, material))
+                log.info("%d of %d still to come%s (%.0f s)", len(rest), len(runs), far, time.monotonic() - began)
                 continue
             run = waiting[done[0]]
             figures = ray.get(done[0])
@@ -420,6 +423,17 @@ def _measure(
             raise InputError(str(error.cause)) from error
         raise
     return found
+
+
+def _how_far(told: Mapping[Run, int], found: Container[Run], material: Material) -> Iterator[str]:
+    """What runs that are not over have read, of so much where their questions tell."""
+    for run, num_read in told.items():
+        if run in found:
+            continue
+        if "num_samples" in TASKS[run.task].settings:
+            yield f"{_words(run)} {num_read / (material.num_samples * run.length):.0%} read"
+        else:
+            yield f"{_words(run)} {num_read:,} tokens read"
 
 
 def _at_once(num_runs: int, num_devices: float) -> int:

@@ -31,13 +31,12 @@ import ray.train
 import ray.util.client
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import rmt_core
 from pipelines import storage
 from pipelines.claim import claimed
-from pipelines.cluster import connect, has_cluster, pool
+from pipelines.cluster import beside_driver, connect, has_cluster, pool
 from pipelines.config import InputError, build, given
 from pipelines.data.mixture import Store
 from pipelines.data.tokenise import Tokenizer
@@ -236,7 +235,7 @@ def _outlined(
 
 def _fit(config: TrainConfig) -> dict[str, Any]:
     """Ray Train over the workers; the last metrics. Ctrl-C and SIGTERM ask the workers to checkpoint and stop."""
-    monitor = ray.remote(num_cpus=0)(Monitor).options(scheduling_strategy=_beside_driver()).remote()
+    monitor = ray.remote(num_cpus=0)(Monitor).options(scheduling_strategy=beside_driver()).remote()
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -260,13 +259,6 @@ def _fit(config: TrainConfig) -> dict[str, Any]:
     lines = storage.read_bytes(storage.join(config.output, "metrics.jsonl")).splitlines()
     metrics = json.loads(lines[-1])
     return {name: metrics.get(name) for name in ("loss", "tokens_per_s", "peak_memory_bytes")}
-
-
-def _beside_driver() -> Any:
-    """Where an actor outlives all nodes but the driver's; anywhere, for a driver outside the cluster."""
-    if ray.util.client.ray.is_connected():
-        return "DEFAULT"
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _cause(error: BaseException, output: str) -> BaseException:

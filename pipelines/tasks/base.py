@@ -12,7 +12,7 @@ A model without memory can also read with the whole text in context; its figures
 Axes: B rows, N tokens of a text, T tokens of a segment, D width, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -77,6 +77,7 @@ class Material:
     ablations: bool = True  # measure zeroed and shuffled memories too
     seed: int = 0
     compiled: bool = False  # on a CPU: compile the step that reads on where nothing is asked
+    on_read: Callable[[int], None] | None = None  # called with so many tokens more that are being read
 
 
 class Task(Protocol):
@@ -140,7 +141,12 @@ class Part(NamedTuple):
     lengths: Tensor | None  # (B,) int64 real tokens; None where all are
 
 
-def segments(rows: Sequence[Iterable[np.ndarray]], segment_len: int, device: torch.device) -> Iterator[Part]:
+def segments(
+    rows: Sequence[Iterable[np.ndarray]],
+    segment_len: int,
+    device: torch.device,
+    on_read: Callable[[int], None] | None = None,
+) -> Iterator[Part]:
     """Texts of any lengths, given in blocks of any size, segment by segment. A row that has ended has length 0."""
     ahead = segment_len * max(1, _AHEAD // segment_len)  # whole segments, of which many are brought to a device at once
     blocks = [in_blocks(row, ahead) for row in rows]
@@ -150,6 +156,8 @@ def segments(rows: Sequence[Iterable[np.ndarray]], segment_len: int, device: tor
         sizes = np.array([0 if part is None else len(part) for part in cut])
         if not sizes.any():
             return
+        if on_read is not None:
+            on_read(int(sizes.sum()))
         padded = np.zeros((len(rows), sizes.max()), dtype=np.int64)
         for row, part in zip(padded, cut, strict=True):
             if part is not None:

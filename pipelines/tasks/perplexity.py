@@ -18,7 +18,7 @@ V vocabulary.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +82,14 @@ class Perplexity:
         num_same = 0
         for batch in batches(rows, material.batch_size):
             sizes = _sizes(batch, bounds, material)
-            losses = batch_losses(model, batch, held_out=material.held_out, memories=memories, bounds=bounds)
+            losses = batch_losses(
+                model,
+                batch,
+                held_out=material.held_out,
+                memories=memories,
+                bounds=bounds,
+                on_read=material.on_read,
+            )
             for memory, nats in losses.items():
                 whole = nats.sum(1, keepdims=True)
                 for row in zip(np.hstack([nats, whole, whole / math.log(2)]), sizes, strict=True):
@@ -102,18 +109,24 @@ class Perplexity:
 
 @torch.inference_mode()
 def batch_losses(
-    model: RecurrentModel, rows: Sequence[Row], *, held_out: HeldOut, memories: Sequence[str], bounds: np.ndarray
+    model: RecurrentModel,
+    rows: Sequence[Row],
+    *,
+    held_out: HeldOut,
+    memories: Sequence[str],
+    bounds: np.ndarray,
+    on_read: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """For each memory the summed nats of each row and stretch of segments, (B, S) float64. bounds (S + 1,)."""
     device = device_of(model)
 
-    def parts(shift: int) -> Iterator[Part]:
+    def parts(shift: int, on_read: Callable[[int], None] | None = None) -> Iterator[Part]:
         texts = [blocks(held_out, row.document, row.start + shift, row.stop - 1 + shift) for row in rows]
-        return segments(texts, model.step_len, device)
+        return segments(texts, model.step_len, device, on_read)
 
     sums = {memory: torch.zeros(len(rows), len(bounds) - 1, dtype=torch.float64, device=device) for memory in memories}
     state = begin(model, len(rows), max(row.num_tokens for row in rows) - 1)
-    for part, asked in zip(parts(0), parts(1), strict=True):
+    for part, asked in zip(parts(0, on_read), parts(1), strict=True):
         starts = range(0, part.tokens.shape[1], model.segment_len)
         carried = state
         for memory in memories:

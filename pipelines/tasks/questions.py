@@ -155,7 +155,9 @@ def measured(model: RecurrentModel, num: int, draw: Callable[[int], Sample], mat
     )
     for size in batch_sizes(num, material.batch_size):
         batch = [draw(len(samples) + i) for i in range(size)]
-        found = batch_marks(model, batch, memories, material.tokenizer, compiled=material.compiled)
+        found = batch_marks(
+            model, batch, memories, material.tokenizer, compiled=material.compiled, on_read=material.on_read
+        )
         for memory in memories:
             marks.right[memory].extend(found.right[memory])
             marks.scores[memory].extend(found.scores[memory])
@@ -229,6 +231,7 @@ def batch_marks(
     tokenizer: Tokenizer,
     *,
     compiled: bool = False,
+    on_read: Callable[[int], None] | None = None,
 ) -> Marks:
     """Marks of a batch, each text read once.
 
@@ -245,7 +248,7 @@ def batch_marks(
     state = _begin(model, samples)
     skimmer = rmt_core.Skimmer(model, compiled=compiled)
     for part in segments(
-        [texts.cut(sample.stream(), sample.num_tokens - 1) for sample in samples], model.step_len, device
+        [texts.cut(sample.stream(), sample.num_tokens - 1) for sample in samples], model.step_len, device, on_read
     ):
         first, last = np.searchsorted(asked[:, 1], (part.start, part.start + part.tokens.shape[1]))
         here = asked[first:last]

@@ -4,7 +4,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from pipelines.data.tokenise import Tokenizer, load_tokenizer
 from pipelines.tasks import TASKS
 from pipelines.tasks.base import DOES_NOT_FIT, Figure, Material
 from pipelines.tasks.cost import Meter
+from pipelines.tasks.tally import Teller
 from rmt_core import DoesNotFitError, FullContext, RecurrentModel
 
 
@@ -38,8 +40,13 @@ class Run:
     full: Full | None = None  # None: segment by segment
 
 
-def measure(run: Run, material: Material) -> list[Figure]:
-    """The figures of a run, and what it cost once the model was there; or why the texts do not fit."""
+def measure(run: Run, material: Material, tally: Any = None) -> list[Figure]:
+    """The figures of a run, and what it cost once the model was there; or why the texts do not fit.
+
+    `tally`, the handle of an actor of `Tally`, is told how many tokens are read.
+    """
+    if tally is not None:
+        material = replace(material, on_read=Teller(partial(tally.tell.remote, run)))
     model, _ = load(run.model, run.device)
     reader = reading(model, run.full)
     task = TASKS[run.task]
