@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import ray
 import ray.data
+import ray.util.client
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

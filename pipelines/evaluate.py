@@ -397,7 +397,7 @@ def _measure(
     num_gpus = 1 if runs[0].device == "cuda" else 0
     remote = ray.remote(num_cpus=1, num_gpus=num_gpus, label_selector=pool(_POOLS[runs[0].device]))(measure)
     shared = ray.put(material)
-    tally = ray.remote(num_cpus=0)(Tally).options(scheduling_strategy=beside_driver()).remote()
+    tally = _start_tally()
     waiting = {remote.remote(run, shared, tally): run for run in sorted(runs, key=lambda run: -run.length)}
     there = ray.cluster_resources()
     num_at_once = _at_once(len(runs), there.get("GPU", 0) if num_gpus else there.get("CPU", 0))
@@ -423,6 +423,12 @@ def _measure(
             raise InputError(str(error.cause)) from error
         raise
     return found
+
+
+def _start_tally() -> Any:
+    """Its handle. One that dies begins anew: no evaluation fails for it."""
+    options = {"scheduling_strategy": beside_driver(), "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(num_cpus=0)(Tally).options(**options).remote()
 
 
 def _how_far(told: Mapping[Run, int], found: Container[Run], material: Material) -> Iterator[str]:

@@ -28,7 +28,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.util.client
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from tqdm import tqdm

@@ -74,8 +74,18 @@ def test_the_log_says_how_far_the_runs_are_that_have_begun() -> None:
     ]
 
 
+def test_a_tally_that_dies_begins_anew(local_ray: None) -> None:
+    handle, run = evaluate._start_tally(), Run("recall", 64, "m", "cpu", 0)
+    ray.get(handle.tell.remote(run, 5))
+    assert ray.get(handle.told.remote()) == {run: 5}
+    ray.kill(handle, no_restart=False)
+    assert ray.get(handle.told.remote(), timeout=60) == {}
+    ray.get(handle.tell.remote(run, 7))
+    assert ray.get(handle.told.remote()) == {run: 7}
+
+
 def test_a_worker_tells_the_driver(local_ray: None, tmp_path: Path) -> None:
-    remote = ray.remote(num_cpus=0)(Tally).remote()
+    remote = evaluate._start_tally()
     run = Run("recall", 64, model_of(RMT, tmp_path), "cpu", 0)
 
     def read(run: Run, material: Material, there: object) -> None:
