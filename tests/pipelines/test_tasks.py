@@ -602,7 +602,7 @@ def test_samples_whose_values_are_no_numbers_are_told_and_wrong() -> None:
 def test_a_recalled_fact_ends_before_the_segment_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Sample] = []
 
-    def marks(model: Any, batch: list[Sample], memories: tuple[str, ...], tokenizer: Any, *, compiled: bool) -> Marks:
+    def marks(model: Any, batch: list[Sample], memories: tuple[str, ...], tokenizer: Any, **settings: Any) -> Marks:
         drawn.extend(batch)
         return Marks(
             {memory: [np.zeros(1, dtype=bool) for _ in batch] for memory in memories},
