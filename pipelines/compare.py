@@ -7,9 +7,9 @@ A group of models is shown as their mean, with a band from the lowest to the hig
 line; plain directories are grouped where memory, state floats, parameters, segments and questions are equal.
 Directories of one model that was asked alike are one evaluation, of all their tasks and lengths. Writes comparison.md
 and comparison.png; cost.md and cost.png: time and memory beside the metric; of two groups with equally
-many models the paired difference too; and of the tasks capacity_1 to capacity_64 and pairs_1 to pairs_64 capacity.md
-and capacity.png: facts or pairs held against the size of the state. An earlier comparison in the same directory is
-replaced.
+many models the paired difference too; and of the tasks capacity_1 to capacity_64, pairs_1 to pairs_64 and latest_1 to
+latest_64 capacity.md and capacity.png: facts or pairs held against the size of the state. An earlier comparison in the
+same directory is replaced.
 """
 
 import sys

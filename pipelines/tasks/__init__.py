@@ -15,6 +15,7 @@ _PLACED: dict[str, Maker] = {
     "join_marked": mark.join("marked"),
     "join_leads": mark.join("leads"),
     **{f"pairs_{num}": mark.pairs(num) for num in mark.COUNTS},
+    **{f"latest_{num}": mark.latest(num) for num in mark.COUNTS},
     "reason": facts.reason,
     **{task: babilong.story_task(task) for task in babi.LABELS},
     **{f"{task}_all": babilong.every_question(task) for task in babi.LABELS},

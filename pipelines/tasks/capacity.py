@@ -1,6 +1,6 @@
 """How many facts a memory holds against its size, from accuracies of the tasks capacity_1 to capacity_64.
 
-The same of the pairs of pairs_1 to pairs_64.
+The same of the pairs of pairs_1 to pairs_64 and latest_1 to latest_64.
 
 Facts held are a step and no interpolation: the largest number of facts that was asked for of which at least 95 % of
 the answers are right. Where that is the largest number of all the model may hold more (`>= 8`), and where not even
@@ -23,8 +23,12 @@ from pipelines.tasks.report import NEEDS_NONE, Line, in_background, number, titl
 
 HELD_AT = 0.95  # accuracy
 
-_TASK = re.compile(r"(capacity|pairs)_(\d+)")
-_ASKED = {"capacity": "facts", "pairs": "pairs"}  # name of a task without its number -> what is held
+_ASKED = {  # name of a task without its number -> what is held
+    "capacity": "facts",
+    "pairs": "pairs",
+    "latest": "pairs told anew",
+}
+_TASK = re.compile(rf"({'|'.join(_ASKED)})_(\d+)")
 _PANEL_INCHES = (6.4, 4.6)
 _BESIDE_POINTS = 36.0  # for all curves side by side at one size of the state
 _GAP_POINTS = 7.0  # between two of them, at most
@@ -35,7 +39,7 @@ class Held(NamedTuple):
     """What one model holds at one length of texts."""
 
     curve: str  # a kind of memory, or a named group
-    what: str  # is held: facts, pairs
+    what: str  # is held: facts, pairs, pairs told anew
     length: int  # tokens
     state_floats: int
     num_facts: int  # 0: fewer than were asked for
@@ -121,7 +125,7 @@ def _by_curve(found: Sequence[Held]) -> Iterator[tuple[str, dict[int, list[Held]
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """A table of facts and one of pairs: a row a curve and size, a column a length; what every model holds."""
+    """A table of facts and ones of pairs: a row a curve and size, a column a length; what every model holds."""
     found = facts_held(groups)
     return "\n".join(
         _table(what, [one for one in found if one.what == what]) for what in sorted({one.what for one in found})

@@ -5,7 +5,9 @@ or three symbols in place of sentences, so that facts, question and answer fit t
 depth 0 the first is "memorise".
 
 Pairs are multi-query associative recall, after Arora et al. 2023 (arXiv:2312.04927, section 4), with all queries at the
-end: many questions a text, from which looking up is learned soon that hardly ever is from one.
+end: many questions a text, from which looking up is learned soon that hardly ever is from one. Where pairs are told
+anew, what was told last holds, as in associative retrieval with rewrites (Rodkin et al. 2024, arXiv:2407.04841,
+appendix E).
 """
 
 import string
@@ -87,16 +89,33 @@ def pairs(num_pairs: int) -> Maker:
     V is one of 16 letters, K too where there are at most 16 pairs, else one of as many symbols as there are pairs. 64
     pairs and their questions are 384 bytes.
     """
+    return partial(_pairs, _checked(num_pairs), 0)
+
+
+def latest(num_pairs: int) -> Maker:
+    """As `pairs`, and as many times again `=KV` of any of these K: the V that was told last must follow.
+
+    64 keys and their questions are 576 bytes.
+    """
+    return partial(_pairs, _checked(num_pairs), num_pairs)
+
+
+def _checked(num_pairs: int) -> int:
     if not 1 <= num_pairs <= len(KEYS):
         raise ValueError(f"{num_pairs} pairs; there are keys for 1 to {len(KEYS)}")
-    return partial(_pairs, num_pairs)
+    return num_pairs
 
 
-def _pairs(num_pairs: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
+def _pairs(num_pairs: int, num_anew: int, scene: Scene, wanted: Wanted, generator: np.random.Generator) -> Sample:
     num_keys = max(num_pairs, len(LETTERS))
     scene.check_apart([*KEYS[:num_keys], LEADS])
     keys = [LEADS + KEYS[i] for i in generator.choice(num_keys, num_pairs, replace=False)]
-    values = [LETTERS[i] for i in generator.integers(len(LETTERS), size=num_pairs)]
-    facts = [scene.encode(key + value) for key, value in zip(keys, values, strict=True)]
-    asked = [ask(scene, keys[i], values[i], len(LETTERS)) for i in generator.permutation(num_pairs)]
+    values = [LETTERS[i] for i in generator.integers(len(LETTERS), size=num_pairs + num_anew)]
+    told = list(keys)
+    if num_anew:  # in any order, every key at least once
+        told += [keys[i] for i in generator.integers(num_pairs, size=num_anew)]
+        told = [told[i] for i in generator.permutation(len(told))]
+    facts = [scene.encode(key + value) for key, value in zip(told, values, strict=True)]
+    held = dict(zip(told, values, strict=True))  # the value that comes last
+    asked = [ask(scene, keys[i], held[keys[i]], len(LETTERS)) for i in generator.permutation(num_pairs)]
     return compose(scene, wanted, facts, asked, generator)

@@ -623,6 +623,7 @@ def test_pairs_held_are_a_table_and_a_panel_of_their_own(tmp_path: Path, capsys:
         *answers({64: 0.5, 128: 1.0}, "capacity_2"),
         *answers({64: 1.0}, "pairs_8"),
         *answers({128: 0.5}, "pairs_4"),
+        *answers({64: 1.0}, "latest_4"),
     ]
     both = capacity.facts_held(comparison.read_groups([evaluation(tmp_path / "d", lines)], "accuracy"))
     assert [(*one[1:3], one.num_facts) for one in both] == [
@@ -630,6 +631,7 @@ def test_pairs_held_are_a_table_and_a_panel_of_their_own(tmp_path: Path, capsys:
         ("facts", 128, 2),
         ("pairs", 64, 8),
         ("pairs", 128, 0),
+        ("pairs told anew", 64, 4),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -169,6 +170,29 @@ def test_every_key_of_pairs_is_asked_for_in_another_order(num: int) -> None:
         draw(mark.pairs(num), 6 * num - 1)
 
 
+@pytest.mark.parametrize("num", mark.COUNTS)
+def test_the_value_of_a_pair_that_was_told_last_is_asked_for(num: int) -> None:
+    sample = draw(mark.latest(num), 4000, num)
+    text = BYTES.decode(texts.whole(sample.stream))
+    told = re.findall("=(.)([A-P])", text[: -3 * num])
+    assert len(told) == 2 * num
+    assert len(dict(told)) == num == len(sample.answers)
+    asked = re.findall("=(.)([A-P])", text[-3 * num :])
+    assert dict(asked) == dict(told)  # the last of a key's values
+    assert num < 4 or asked != list(dict(told).items())
+    assert [BYTES.decode(answer.tokens) for answer in sample.answers] == [value for _, value in asked]
+    with pytest.raises(TooShortError, match=str(9 * num)):
+        draw(mark.latest(num), 9 * num - 1)
+
+
+def test_any_pair_may_be_told_anew() -> None:
+    times = set()
+    for seed in range(40):
+        text = BYTES.decode(texts.whole(draw(mark.latest(4), 200, seed).stream))
+        times |= set(Counter(re.findall("=(.)[A-P]", text[:-12])).values())
+    assert {1, 2, 3, 4} <= times <= {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize("num", facts.COUNTS)
 def test_capacity_asks_for_every_fact_in_another_order(num: int) -> None:
     sample = draw(facts.capacity(num), 4000, num)
@@ -275,14 +299,15 @@ class KnowsNoSigns(ByteTokenizer):
         return super().encode_inside(re.sub(r"[#=?]", "!", text))
 
 
+@pytest.mark.parametrize("make", [mark.pairs, mark.latest])
 @pytest.mark.parametrize("num", mark.COUNTS)
-def test_keys_that_the_tokenizer_does_not_tell_apart_are_refused(num: int) -> None:
+def test_keys_that_the_tokenizer_does_not_tell_apart_are_refused(num: int, make: Callable[[int], Maker]) -> None:
     scene, wanted = Scene(FoldsCase(), texts.noise(BYTES)), Wanted(600, SEGMENT_LEN)
     if num <= 16:  # capitals alone
-        assert mark.pairs(num)(scene, wanted, np.random.default_rng(0)).answers
+        assert make(num)(scene, wanted, np.random.default_rng(0)).answers
         return
     with pytest.raises(ValueError, match="the same tokens for 'A' and 'a'; use another tokenizer"):
-        mark.pairs(num)(scene, wanted, np.random.default_rng(0))
+        make(num)(scene, wanted, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("make", [mark.detect, mark.join("both"), mark.join("leads")])
