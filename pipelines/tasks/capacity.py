@@ -231,14 +231,15 @@ def _panel(panel: Axes, here: Sequence[Held], curves: Sequence[str]) -> None:
         panel.annotate(name, (floats[0], asked), (0, -10), textcoords="offset points", fontsize=8)
     panel.set_ylabel(f"{what} held (accuracy at least {HELD_AT:.0%})")
     samples = _numbers(num for one in here for num in one.num_samples)
-    panel.set_title(
-        f"{_named(what, here)}, texts of {length:,} tokens, by {samples} samples each:\n"
-        "means, bands over models; lines: by 95 % intervals of accuracy"
-        + ("; a bound counts as its number" if any(one.is_bound for one in here) else "")
-        + ("; curves side by side" if len(curves) > 1 else "")
-        + (f"\n{HOLLOW}" if num_empty else ""),
-        fontsize=9,
-    )
+    notes = ["a bound counts as its number"] if any(one.is_bound for one in here) else []
+    notes += ["curves side by side"] if len(curves) > 1 else []
+    lines = [
+        f"{_named(what, here)}, texts of {length:,} tokens, by {samples} samples each:",
+        "means, bands over models; lines: by 95 % intervals of accuracy",
+        "; ".join(notes),
+        HOLLOW if num_empty else "",
+    ]
+    panel.set_title("\n".join(line for line in lines if line), fontsize=9)
     panel.grid(alpha=0.3)
     name_ends(panel, [end._replace(x=place_of(panel, beside, end)) for beside, end in ends])
 
