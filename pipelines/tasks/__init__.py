@@ -1,6 +1,6 @@
 """Evaluation tasks, one a file; the only place that names them all."""
 
-from pipelines.tasks import babi, babilong, facts, mark, needle, quadratic, recall, ruler, symbols
+from pipelines.tasks import babi, babilong, facts, mark, needle, people, quadratic, recall, ruler, symbols
 from pipelines.tasks.base import Task
 from pipelines.tasks.perplexity import Perplexity
 from pipelines.tasks.question_files import FileTask
@@ -19,6 +19,9 @@ _PLACED: dict[str, Maker] = {
     "reason": facts.reason,
     **{task: babilong.story_task(task) for task in babi.LABELS},
     **{f"{task}_all": babilong.every_question(task) for task in babi.LABELS},
+    **{f"people_{num}": people.people(num) for num in people.COUNTS},
+    **{f"people_steps_{num}": people.steps(num) for num in people.COUNTS},
+    **{f"moved_{num}": people.moved(num) for num in people.COUNTS},
     "needle": needle.needle,
 }
 _FAMILIES = {"join_marked": "join", "join_leads": "join"}  # about the same texts

@@ -144,8 +144,12 @@ def _asking(
 ) -> Sample:
     facts = [scene.encode(f"\n{fact}\n") for fact in story.facts]
     asked = [_ask(scene, question, answer) for question, answer in questions]
-    ends = [int(scene.encode(mark)[-1]) for mark in SENTENCE_ENDS]
-    return compose(scene, wanted, facts, asked, generator, ends=ends)
+    return compose(scene, wanted, facts, asked, generator, ends=sentence_ends(scene))
+
+
+def sentence_ends(scene: Scene) -> list[int]:
+    """Tokens that end a sentence."""
+    return [int(scene.encode(mark)[-1]) for mark in SENTENCE_ENDS]
 
 
 def marked(sample: Sample, question: str, answer: str, labels: Sequence[str], max_new_tokens: int) -> Sample:

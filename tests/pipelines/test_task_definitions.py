@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.tokenise import ByteTokenizer
-from pipelines.tasks import facts, mark, needle, quadratic, recall, ruler, symbols, texts
+from pipelines.tasks import babi, facts, mark, needle, people, quadratic, recall, ruler, symbols, texts
 from pipelines.tasks.samples import Maker, Sample, Scene, TooShortError, Wanted
 
 BYTES = ByteTokenizer()
@@ -191,6 +191,52 @@ def test_any_pair_may_be_told_anew() -> None:
         text = BYTES.decode(texts.whole(draw(mark.latest(4), 200, seed).stream))
         times |= set(Counter(re.findall("=(.)[A-P]", text[:-12])).values())
     assert {1, 2, 3, 4} <= times <= {1, 2, 3, 4, 5}
+
+
+TOLD = rf"\n(\w+) (?:{'|'.join(babi.MOVED)}) the (\w+)\.\n"
+ASKED = r"\nQuestion: Where is (\w+)\?\nAnswer: (\w+)\."
+
+
+@pytest.mark.parametrize("num", people.COUNTS)
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_anybody_is_asked_about_where_he_is_told_of_last(num: int, has_moved: bool) -> None:
+    make = people.moved(num) if has_moved else people.people(num)
+    again = set()
+    for seed in range(40):
+        sample = draw(make, 1000, seed)
+        text = BYTES.decode(texts.whole(sample.stream))
+        told, asked = re.findall(TOLD, text), re.findall(ASKED, text)
+        assert len(told) == (2 * num if has_moved else num)
+        assert len(dict(told)) == num  # each at least once
+        assert len(asked) == len(sample.answers) == num + 3
+        assert [BYTES.decode(answer.tokens) for answer in sample.answers] == [f" {place}" for _, place in asked]
+        assert all(dict(told)[who] == place for who, place in asked)
+        assert sample.needs_memory
+        assert {answer.num_choices for answer in sample.answers} == {6}
+        again.add(len(asked) - len(dict(asked)))
+    assert again == {3} if num == 1 else max(again) > 3  # what was answered rules out nobody
+
+
+def test_every_text_of_the_steps_to_people_has_one_form() -> None:
+    forms = Counter()
+    for seed in range(60):
+        sample = draw(people.steps(4), 1000, seed)
+        text = BYTES.decode(texts.whole(sample.stream))
+        first = sample.answers[0].at
+        told = re.findall(r"\n([A-Z]\w+) (?:[a-z ]+ )?(\w+)\.\n", text[:first])
+        assert len(told) == 4
+        assert [BYTES.decode(answer.tokens)[1:] for answer in sample.answers] == [
+            dict(told)[re.findall("|".join(people.NAMES), text[: answer.at])[-1]] for answer in sample.answers
+        ]
+        asked = text[: sample.answers[1].at].rpartition(".")[2]
+        forms[bool(re.search(TOLD, text[:first])), re.sub("|".join(people.NAMES), "{who}", asked)] += 1
+    assert set(forms) == {("{verb}" in form.fact, form.question) for form in people.STEPS}
+
+
+def test_there_are_seven_people_to_tell_of() -> None:
+    assert people.NAMES == ("Daniel", "John", "Mary", "Sandra", "Bill", "Fred", "Jeff")
+    with pytest.raises(ValueError, match="8 people; there are names for 1 to 7"):
+        people.people(8)
 
 
 @pytest.mark.parametrize("num", facts.COUNTS)
