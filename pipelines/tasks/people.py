@@ -46,7 +46,7 @@ def people(num_people: int) -> Maker:
 
 
 def steps(num_people: int) -> Maker:
-    """The same, every text in one of six forms: from bare words (`Fred office.`, `Fred`) to the sentences of `people`."""
+    """The same, each text in one of six forms, from bare words (`Fred office.`, `Fred`) to those of `people`."""
     return partial(_people, _checked(num_people), 0, STEPS)
 
 
