@@ -136,7 +136,7 @@ def draw(name: str, index: int, length: int, segment_len: int = 64) -> Sample | 
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_samples_have_the_wanted_length_and_hold_their_answers(name: str) -> None:
-    drawn = 0
+    drawn, has_full_stop = 0, name.startswith(("qa", "people", "moved"))
     for index, length in enumerate((90, 130, 400, 1000, 1001, 3000, 9000)):
         sample = draw(name, index, length)
         if sample is None:
@@ -150,7 +150,7 @@ def test_samples_have_the_wanted_length_and_hold_their_answers(name: str) -> Non
         for answer, following in zip(sample.answers, [*sample.answers[1:], None], strict=True):
             end = answer.at + len(answer.tokens)
             assert tokens[answer.at : end].tolist() == answer.tokens.tolist()
-            assert end <= following.at if following else end == len(tokens) - name.startswith("qa")  # a full stop
+            assert end <= following.at if following else end == len(tokens) - has_full_stop
         again = draw(name, index, length)
         assert again is not None
         assert np.array_equal(texts.whole(again.stream), tokens)
